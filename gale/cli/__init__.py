@@ -1,0 +1,1 @@
+"""The gale command, one file a verb."""

@@ -1,0 +1,47 @@
+"""Which device and which number format to compute in, probed once and said aloud."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from gale.core.settings import settings
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A device, the dtype of its matrix products, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+@cache
+def choose_compute(precision: Precision = "auto") -> Compute:
+    """CUDA where there is one, else the CPU; bf16 where the hardware multiplies in it, else fp32.
+
+    On processors without AVX512-BF16 or AMX bf16 is emulated and slower than fp32.
+    """
+    if torch.cuda.is_available():
+        device, has_bf16, unit = torch.device("cuda"), torch.cuda.is_bf16_supported(), torch.cuda.get_device_name()
+    else:
+        device = torch.device("cpu")
+        has_amx, has_avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = has_amx or has_avx
+        unit = "CPU with " + ("AMX" if has_amx else "AVX512-BF16" if has_avx else "no bf16 instructions")
+        torch.set_num_threads(settings().threads or torch.get_num_threads())
+    if precision == "auto":
+        dtype = torch.bfloat16 if has_bf16 else torch.float32
+        return Compute(device, dtype, f"{unit}: {_name(dtype)}")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Compute(device, dtype, f"{unit}: {_name(dtype)}, as asked")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"

@@ -1,0 +1,104 @@
+"""Recipes: TOML files read into typed, documented settings, with every problem reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from gale.core.errors import RecipeError
+
+
+class Recipe(BaseModel):
+    """Base of every recipe: unknown keys are refused, values are not silently converted, files are found.
+
+    A relative path in a recipe is relative to the recipe's own folder, so a recipe works from anywhere.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _resolve_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
+        if isinstance(value, str) and (annotation is Path or Path in get_args(annotation)):
+            folder = (info.context or {}).get("folder", Path())
+            return (folder / Path(value).expanduser()).resolve()
+        if isinstance(value, list) and str(annotation).startswith("tuple["):
+            return tuple(value)  # TOML has arrays only; strict mode would refuse them for tuples
+        return value
+
+
+RecipeType = TypeVar("RecipeType", bound=Recipe)
+
+
+def load_recipe(path: Path, kind: type[RecipeType], overrides: Sequence[str] = ()) -> RecipeType:
+    """Read ``path`` as a ``kind``, with ``key=value`` overrides (dotted keys, TOML values; bare words are strings).
+
+    Raises :class:`RecipeError` naming every unknown key (with the nearest valid name) and every wrong value.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"There is no recipe {path}.", []) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}", []) from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"The recipe {path} is not valid TOML: {error}", []) from error
+    problems = [problem for override in overrides if (problem := _apply(content, override))]
+    try:
+        recipe = kind.model_validate(content, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        problems += [_explain(dict(detail), kind) for detail in error.errors()]
+    if problems:
+        raise RecipeError(f"The recipe {path} cannot be used:", problems)
+    return recipe
+
+
+def _apply(content: dict[str, Any], override: str) -> str | None:
+    """Set one ``key=value`` in ``content``; returns what is wrong with it, if anything."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        return f"override {override!r}: write key=value"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for name in names[:-1]:
+        content = content.setdefault(name, {})
+        if not isinstance(content, dict):
+            return f"override {override!r}: {name} is not a table"
+    content[names[-1]] = value
+    return None
+
+
+def _explain(detail: dict[str, Any], kind: type[BaseModel]) -> str:
+    location = [part for part in detail["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    where = ".".join(str(part + 1) if isinstance(part, int) else part for part in location)
+    if detail["type"] == "extra_forbidden":
+        names = _field_names(kind, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), names, n=1)
+        return f"{where}: no such key" + (f"; did you mean {near[0]!r}?" if near else f" (valid: {', '.join(sorted(names))})")
+    if detail["type"] == "missing":
+        return f"{where}: required, but missing"
+    message = str(detail["msg"])
+    message = message[0].lower() + message[1:]
+    return f"{where}: {message}, not {detail['input']!r}" if where else message
+
+
+def _field_names(kind: Any, location: Sequence[str | int]) -> list[str]:
+    """Names valid at ``location`` below ``kind``, looking through lists, tuples and optionals."""
+    for part in location:
+        if isinstance(part, str):
+            field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
+            if field is None:
+                return []
+            kind = field.annotation
+        while not hasattr(kind, "model_fields") and get_args(kind):
+            kind = next((choice for choice in get_args(kind) if hasattr(choice, "model_fields")), get_args(kind)[0])
+    return list(kind.model_fields) if hasattr(kind, "model_fields") else []

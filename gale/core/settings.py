@@ -1,0 +1,39 @@
+"""Where Gale keeps things, and the few switches read from the environment."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from platformdirs import user_data_path
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Environment settings; every one is ``GALE_`` plus its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix="GALE_", extra="ignore")
+
+    home: Path = Field(
+        default_factory=lambda: user_data_path("gale", appauthor=False),
+        description="Folder for everything Gale keeps: runs, models, the database.",
+    )
+    threads: int = Field(default=0, ge=0, description="CPU threads for the model; 0 means one per available core.")
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @property
+    def runs(self) -> Path:
+        """Default parent of training runs (``--out`` overrides it)."""
+        return self.home / "runs"
+
+    @property
+    def database_url(self) -> str:
+        """Default SQLAlchemy URL of the store."""
+        return f"sqlite:///{self.home / 'gale.db'}"
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()

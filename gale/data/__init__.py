@@ -1,0 +1,1 @@
+"""Sources to packed token shards, each with a manifest."""

@@ -1,0 +1,54 @@
+"""Cleaning: one form for every text, and no document twice."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+from gale.data.sources import Document
+from gale.text.template import Message
+
+_UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060]")
+_TRAILING_SPACE = re.compile(r"[ \t\u3000]+(?=\n|$)")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, Unix line ends, no control or zero-width characters, at most one blank line in a row."""
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    text = _TRAILING_SPACE.sub("", _UNWANTED.sub("", text))
+    return _BLANK_LINES.sub("\n\n", text).strip()
+
+
+def normalise_document(document: Document) -> Document | None:
+    """The document with every text normalised; None where nothing is left of it."""
+    if document.text is not None:
+        text = normalise(document.text)
+        return Document(text=text) if text else None
+    messages = tuple(Message(role=m["role"], content=normalise(m["content"])) for m in document.messages)
+    answered = any(message["role"] == "assistant" and message["content"] for message in messages)
+    return Document(messages=messages) if answered else None
+
+
+class ExactDeduplicator:
+    """Remembers documents by a 128-bit hash of their content."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def is_new(self, document: Document) -> bool:
+        """True the first time a document is shown, False from then on."""
+        digest = fingerprint(document)
+        if digest in self._seen:
+            return False
+        self._seen.add(digest)
+        return True
+
+
+def fingerprint(document: Document) -> bytes:
+    """128-bit hash of a document's roles and texts."""
+    content = hashlib.blake2b(digest_size=16)
+    for part in (document.text or "", *(value for m in document.messages for value in (m["role"], m["content"]))):
+        content.update(part.encode("utf-8", "surrogatepass") + b"\x00")
+    return content.digest()

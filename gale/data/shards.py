@@ -1,0 +1,125 @@
+"""Packed token shards: what training reads, memory-mapped, and the manifest that says what is in them.
+
+A split (``train``, or a held-out one) is a row of shards, each three arrays in NumPy's ``.npy`` format: ``tokens``
+(the documents' token ids one after another), ``trained`` (whether the model is trained to produce each token) and
+``bounds`` (where each document begins, and the end). ``manifest.json`` names sources, licences and counts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gale.core import files
+from gale.core.errors import DataError
+
+MANIFEST = "manifest.json"
+
+
+class ShardWriter:
+    """Collects one split's documents and writes a shard whenever ``shard_tokens`` are together."""
+
+    def __init__(self, folder: Path, split: str, *, vocabulary_size: int, shard_tokens: int) -> None:
+        self._folder, self._split, self._limit = folder, split, shard_tokens
+        self._dtype = np.uint16 if vocabulary_size <= 2**16 else np.uint32
+        self._tokens: list[npt.NDArray[Any]] = []
+        self._trained: list[npt.NDArray[Any]] = []
+        self._pending = 0
+        self.shards: list[str] = []
+        self.documents = 0
+        self.tokens = 0
+
+    def add(self, ids: Sequence[int], trained: Sequence[bool]) -> None:
+        """Append a document."""
+        self._tokens.append(np.asarray(ids, self._dtype))
+        self._trained.append(np.asarray(trained, np.bool_))
+        self.documents += 1
+        self.tokens += len(ids)
+        self._pending += len(ids)
+        if self._pending >= self._limit:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is pending; the writer can go on afterwards."""
+        if not self._tokens:
+            return
+        name = f"{self._split}-{len(self.shards):05d}"
+        bounds = np.cumsum([0, *map(len, self._tokens)], dtype=np.int64)
+        np.save(self._folder / f"{name}.tokens.npy", np.concatenate(self._tokens))
+        np.save(self._folder / f"{name}.trained.npy", np.concatenate(self._trained))
+        np.save(self._folder / f"{name}.bounds.npy", bounds)
+        self.shards.append(name)
+        self._tokens, self._trained, self._pending = [], [], 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard's arrays, mapped from disk."""
+
+    tokens: npt.NDArray[Any]
+    trained: npt.NDArray[np.bool_]
+    bounds: npt.NDArray[np.int64]
+
+
+class TokenSplit:
+    """The documents of one split, by index."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.manifest = read_manifest(folder)
+        splits = self.manifest["splits"]
+        if name not in splits:
+            raise DataError(f"{folder} has no split {name!r}.", hint=f"It has: {', '.join(sorted(splits))}.")
+        self.name = name
+        self.bytes: int = splits[name]["bytes"]
+        try:
+            self._shards = [
+                Shard(*(np.load(folder / f"{shard}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "bounds")))
+                for shard in splits[name]["shards"]
+            ]
+        except (OSError, ValueError) as error:
+            raise DataError(f"The prepared data in {folder} is damaged: {error}", hint="Prepare it again.") from error
+        self._ends = list(accumulate(len(shard.bounds) - 1 for shard in self._shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Token count of every document."""
+        return np.concatenate([np.diff(shard.bounds) for shard in self._shards])
+
+    def document(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Token ids and trained flags of one document."""
+        shard_index = bisect.bisect_right(self._ends, index)
+        shard = self._shards[shard_index]
+        local = index - (self._ends[shard_index - 1] if shard_index else 0)
+        low, high = int(shard.bounds[local]), int(shard.bounds[local + 1])
+        return shard.tokens[low:high], shard.trained[low:high]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of prepared data. Raises :class:`DataError`."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} holds no prepared data.", hint="Make it with `gale data prepare RECIPE --out DIR`.")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}", hint="Prepare the data again.") from error
+    return manifest
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over all arrays of a folder of shards, by name."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.npy")):
+        total.update(f"{path.name} {files.sha256(path)}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,1 @@
+"""Text generation: requests in, tokens out, many at once."""

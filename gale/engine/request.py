@@ -1,0 +1,105 @@
+"""What a caller asks of an engine and what it gets back.
+
+This is the whole face of the engine: the same four types hold for the in-process engine, for a remote
+OpenAI-compatible server and for replicas, so nothing above this room knows which one answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from gale.core.errors import GaleError
+from gale.text.template import Message
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class ContextLengthError(GaleError):
+    """The prompt does not leave room for one new token within the model's context."""
+
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {context_length} tokens. "
+            f"However, your messages resulted in {prompt_tokens} tokens. Please reduce the length of the messages."
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
+
+
+class EngineOverloadedError(GaleError):
+    """The queue is full; trying again later may work."""
+
+
+class EngineFailedError(GaleError):
+    """The engine broke while answering; the request is lost, later ones may work."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    ``max_tokens`` None means "as many as the context leaves". ``temperature`` 0 is greedy decoding. ``top_p``
+    keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020). A ``seed`` makes the
+    answer reproducible regardless of what else runs in the batch. ``stop`` strings end the answer and are
+    never part of it.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text of the answer: whole characters only, stop strings held back."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of every answer."""
+
+    reason: FinishReason
+    usage: Usage
+
+
+Event = TextDelta | Finished
+
+
+class Engine(Protocol):
+    """A model that answers. Implementations are safe to call from one asyncio event loop."""
+
+    @property
+    def model_id(self) -> str:
+        """The name under which the model is served."""
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+
+    def count_prompt_tokens(self, messages: list[Message]) -> int:
+        """Tokens the model would read before answering ``messages``."""
+
+    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncIterator[Event]:
+        """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
+
+        Closing the iterator (``aclose``, or cancelling the task that reads it) stops the generation within one
+        step. Raises :class:`ContextLengthError` or :class:`EngineOverloadedError` before the first event and
+        :class:`EngineFailedError` at any time.
+        """
+
+    async def close(self) -> None:
+        """Stop all requests and free the model."""

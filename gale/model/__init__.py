@@ -1,0 +1,1 @@
+"""The decoder and its checkpoints in Hugging Face layout."""

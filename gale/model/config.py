@@ -1,0 +1,205 @@
+"""The decoder's shape, read from and written to Hugging Face's ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gale.core.errors import ModelError
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context: ``linear`` (Chen et al. 2023) or ``llama3``."""
+
+    kind: str
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_context_length: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One decoder-only transformer: the Qwen3 shape, with Llama, Mistral and Qwen2 as settings of it.
+
+    ``hidden_size`` is C, ``heads`` H, ``kv_heads`` K, ``head_dim`` D in the shape suffixes of
+    :mod:`gale.model.transformer`. ``sliding_window`` limits attention to that many newest tokens.
+    """
+
+    family: str
+    vocabulary_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context_length: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = True
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    sliding_from_layer: int = 0
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelConfig:
+        """Read ``config.json``. Raises :class:`ModelError` for what is missing, damaged or unsupported."""
+        path = folder / "config.json"
+        if not folder.exists():
+            raise ModelError(f"There is no model folder {folder}.", hint="Give --model a folder in Hugging Face layout.")
+        if not path.is_file():
+            raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face layout.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise ModelError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ModelError(f"{path} does not hold a JSON object.")
+        return cls.from_hugging_face(content)
+
+    @classmethod
+    def from_hugging_face(cls, content: dict[str, Any]) -> ModelConfig:
+        """Translate the content of a ``config.json``. Raises :class:`ModelError`."""
+        architecture = next(iter(content.get("architectures") or []), None)
+        family = FAMILIES.get(str(architecture)) or (
+            content.get("model_type") if architecture is None and content.get("model_type") in FAMILIES.values() else None
+        )
+        if family is None:
+            name = architecture or content.get("model_type") or "unnamed"
+            raise ModelError(
+                f"Gale cannot open models of architecture {name}.", hint=f"Supported are: {', '.join(sorted(FAMILIES))}."
+            )
+        if content.get("quantization_config"):
+            raise ModelError("Gale cannot open pre-quantised checkpoints yet.", hint="Use the model's bf16 checkpoint.")
+        if (activation := content.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise ModelError(f"Gale cannot open models with activation {activation!r}; only silu is supported.")
+        try:
+            heads = int(content["num_attention_heads"])
+            hidden = int(content["hidden_size"])
+            sliding = content.get("sliding_window")
+            if family in ("qwen2", "qwen3") and not content.get("use_sliding_window", False):
+                sliding = None
+            elif family == "llama":
+                sliding = None
+            bias = bool(content.get("attention_bias", False))
+            return cls(
+                family=family,
+                vocabulary_size=int(content["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(content["intermediate_size"]),
+                layers=int(content["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(content.get("num_key_value_heads") or heads),
+                head_dim=int(content.get("head_dim") or hidden // heads),
+                context_length=int(content.get("max_position_embeddings") or 2048),
+                rope_theta=float((content.get("rope_parameters") or content).get("rope_theta") or 10_000.0),
+                rope_scaling=_read_rope_scaling(content),
+                norm_eps=float(content.get("rms_norm_eps", 1e-6)),
+                tied_embeddings=bool(content.get("tie_word_embeddings", False)),
+                qk_norm=family == "qwen3",
+                qkv_bias=family == "qwen2" or bias,
+                output_bias=bias and family != "qwen2",
+                mlp_bias=bool(content.get("mlp_bias", False)),
+                sliding_window=int(sliding) if sliding else None,
+                sliding_from_layer=int(content.get("max_window_layers", 0)) if family != "mistral" else 0,
+            )
+        except KeyError as error:
+            raise ModelError(f"config.json lacks {error.args[0]!r}.") from error
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"config.json holds a value of the wrong kind: {error}") from error
+
+    def to_hugging_face(self, *, dtype: str) -> dict[str, Any]:
+        """The content of a ``config.json`` that transformers (4 and 5), vLLM and llama.cpp open."""
+        architecture = next(name for name, family in FAMILIES.items() if family == self.family)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        scaling: dict[str, Any] | None = None
+        if self.rope_scaling:
+            scaling = {"rope_type": self.rope_scaling.kind, "factor": self.rope_scaling.factor}
+            if self.rope_scaling.kind == "llama3":
+                scaling |= {
+                    "low_freq_factor": self.rope_scaling.low_frequency_factor,
+                    "high_freq_factor": self.rope_scaling.high_frequency_factor,
+                    "original_max_position_embeddings": self.rope_scaling.original_context_length,
+                }
+            rope |= scaling
+        content = {
+            "architectures": [architecture],
+            "model_type": self.family,
+            "vocab_size": self.vocabulary_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.context_length,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tied_embeddings,
+            "attention_bias": self.qkv_bias if self.family != "qwen2" else False,
+            "mlp_bias": self.mlp_bias,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            # Both spellings: transformers 5 reads rope_parameters, everything older the other two.
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": rope,
+            "torch_dtype": dtype,
+            "dtype": dtype,
+        }
+        if self.sliding_window is not None:
+            content["sliding_window"] = self.sliding_window
+            if self.family != "mistral":
+                content |= {"use_sliding_window": True, "max_window_layers": self.sliding_from_layer}
+        return content
+
+    @property
+    def body_parameters(self) -> int:
+        """Parameters outside the embedding and the output head: what N stands for in scaling laws."""
+        attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.layers * (attention + mlp)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Floating-point operations of one trained token, forward and backward (6N plus attention, Kaplan et al. 2020).
+
+        The output head counts, the embedding look-up does not; causal attention sees half the context on average.
+        """
+        head = self.hidden_size * self.vocabulary_size
+        attention = self.layers * self.heads * self.head_dim * context_length
+        return 6.0 * (self.body_parameters + head) + 6.0 * attention
+
+
+def _read_rope_scaling(content: dict[str, Any]) -> RopeScaling | None:
+    raw = content.get("rope_parameters") or content.get("rope_scaling")
+    if not raw:
+        return None
+    kind = raw.get("rope_type") or raw.get("type") or "default"
+    if kind not in _ROPE_TYPES:
+        raise ModelError(f"Gale cannot open models with RoPE scaling {kind!r}.", hint=f"Supported: {', '.join(_ROPE_TYPES)}.")
+    if kind == "default":
+        return None
+    return RopeScaling(
+        kind=kind,
+        factor=float(raw["factor"]),
+        low_frequency_factor=float(raw.get("low_freq_factor", 1.0)),
+        high_frequency_factor=float(raw.get("high_freq_factor", 4.0)),
+        original_context_length=int(raw.get("original_max_position_embeddings", 8192)),
+    )

@@ -1,0 +1,171 @@
+"""The decoder that trainer, engine and evaluation share.
+
+Tokens are always flattened: a batch of sequences is one list of N tokens, with a position for each. The linear
+layers never need to know where one sequence ends, and attention - the only place that does - is handed in as
+``attend``: the trainer passes causal attention over packed rows, the engine attention over its KV cache. So there
+is one forward pass, whoever runs it.
+
+Shape suffixes: N tokens, C hidden size, H query heads, K key/value heads, D head dimension, V vocabulary.
+
+References: Qwen3 (Yang et al. 2025), RMSNorm (Zhang & Sennrich 2019), RoPE (Su et al. 2021), grouped-query
+attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), QK-norm (Dehghani et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gale.model.config import ModelConfig
+
+
+class Attend(Protocol):
+    """Attention of one layer: queries [N, H, D], keys and values [N, K, D] of the new tokens -> [N, H, D]."""
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor: ...
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension, computed in fp32 whatever the weights are."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and, for Qwen3, per-head QK-norm."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor, attend: Attend) -> Tensor:
+        q_NHD = self.q_proj(x_NC).unflatten(-1, (-1, self.head_dim))
+        k_NKD = self.k_proj(x_NC).unflatten(-1, (-1, self.head_dim))
+        v_NKD = self.v_proj(x_NC).unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
+        q_NHD, k_NKD = rotate(q_NHD, cos_ND, sin_ND), rotate(k_NKD, cos_ND, sin_ND)
+        return self.o_proj(attend(self.layer, q_NHD, k_NKD, v_NKD).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on a normalised residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor, attend: Attend) -> Tensor:
+        x_NC = x_NC + self.self_attn(self.input_layernorm(x_NC), cos_ND, sin_ND, attend)
+        return x_NC + self.mlp(self.post_attention_layernorm(x_NC))
+
+
+class Decoder(nn.Module):
+    """The whole model. Parameter names are Hugging Face's without the ``model.`` prefix of the trunk."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocabulary_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False)
+        self.retie()
+
+    def retie(self) -> None:
+        """Set what is not stored: the tied head and the rotary frequencies. Call after ``to_empty``."""
+        if self.config.tied_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        # Not a buffer: the rotary frequencies must stay fp32 when the weights are cast to bf16.
+        with torch.device(self.embed_tokens.weight.device):
+            self._frequencies_D = rotary_frequencies(self.config)
+
+    def forward(self, ids_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """Final normalised hidden states [N, C] of tokens ``ids_N`` standing at ``positions_N`` of their sequences."""
+        x_NC = self.embed_tokens(ids_N)
+        cos_ND, sin_ND = self.rotary(positions_N, x_NC.dtype)
+        for block in self.layers:
+            x_NC = block(x_NC, cos_ND, sin_ND, attend)
+        return self.norm(x_NC)  # type: ignore[no-any-return]
+
+    def logits(self, x_NC: Tensor) -> Tensor:
+        """Scores [N, V] of the next token; ask only for the rows that are needed, this is the widest product."""
+        return self.lm_head(x_NC)  # type: ignore[no-any-return]
+
+    def rotary(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine tables [N, 1, D] in the two-halves layout of Hugging Face."""
+        self._frequencies_D = self._frequencies_D.to(positions_N.device)  # a model may have been moved
+        angles_ND = torch.outer(positions_N.float(), self._frequencies_D)
+        angles_ND = torch.cat((angles_ND, angles_ND), dim=-1)[:, None]
+        return angles_ND.cos().to(dtype), angles_ND.sin().to(dtype)
+
+    def initialise(self, seed: int) -> None:
+        """Draw fresh weights: normal with 0.02, output projections scaled down by depth (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        depth_scale = 1.0 / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+            else:
+                scale = depth_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
+
+
+def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+    """Rotate each pair (i, i + D/2) of a head by its position's angle (RoPE)."""
+    first, second = x_NHD.chunk(2, dim=-1)
+    return x_NHD * cos_ND + torch.cat((-second, first), dim=-1) * sin_ND
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each of the D/2 pairs, scaled as the configuration says; fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Llama 3.1: long waves are stretched, short ones kept, and those between blended.
+    turns = scaling.original_context_length * frequencies / (2 * math.pi)
+    span = scaling.high_frequency_factor - scaling.low_frequency_factor
+    kept = ((turns - scaling.low_frequency_factor) / span).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies

@@ -1,0 +1,1 @@
+"""Finding models by name."""

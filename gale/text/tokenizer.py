@@ -1,0 +1,173 @@
+"""Byte-level BPE: training, loading and saving in the Hugging Face layout.
+
+The heavy work is the ``tokenizers`` library's. Gale adds one rule: control tokens (``<|end|>``) come out of
+:meth:`Tokenizer.encode` only when the caller asks for them, so text from people never turns into control.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from gale.core import files
+from gale.core.errors import ModelError
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|end|>"
+CONTROL_TOKENS = (
+    END_OF_TEXT,
+    END_OF_TURN,
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<cite>",
+    "</cite>",
+    "<think>",
+    "</think>",
+)
+
+# GPT-4's pre-tokenisation as Qwen2 varies it: digits stand alone, so numbers are read place by place.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """A tokenizer of a model folder.
+
+    ``settings`` is the content of ``tokenizer_config.json``.
+    """
+
+    def __init__(self, backend: Backend, settings: dict[str, Any]) -> None:
+        self._backend = backend
+        self.settings = settings
+        added = sorted(backend.get_added_tokens_decoder().items())
+        self.control_tokens: list[str] = [token.content for _, token in added]
+        self.bos_token = _token_text(settings.get("bos_token"))
+        self.eos_token = _token_text(settings.get("eos_token"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read ``tokenizer.json`` and ``tokenizer_config.json``. Raises :class:`ModelError`."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(f"{folder} has no tokenizer.json.", hint="Gale needs a model's fast tokenizer file.")
+        try:
+            backend = Backend.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        settings_path = folder / "tokenizer_config.json"
+        settings: dict[str, Any] = {}
+        if settings_path.is_file():
+            try:
+                settings = json.loads(settings_path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ModelError(f"{settings_path} is not valid JSON: {error}") from error
+        return cls(backend, settings)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocabulary_size: int, chat_template: str, length: int | None = None) -> Tokenizer:
+        """Learn ``vocabulary_size`` byte-level BPE tokens (control tokens included) from ``texts``."""
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            min_frequency=2,
+            special_tokens=[AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer, length=length)
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": END_OF_TURN,
+            "pad_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": chat_template,
+        }
+        return cls(backend, settings)
+
+    def save(self, folder: Path) -> None:
+        """Write the files that :meth:`load` (and transformers) read."""
+        files.write_text(folder / "tokenizer.json", self._backend.to_str(pretty=False))
+        files.write_json(folder / "tokenizer_config.json", self.settings)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, control tokens included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the chat template, if the folder names one."""
+        source = self.settings.get("chat_template")
+        if isinstance(source, list):  # the older layout: a list of named templates
+            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+        return source if isinstance(source, str) else None
+
+    def encode(self, text: str, *, control_tokens: bool = False) -> list[int]:
+        """Token ids of ``text``, adding none; control tokens spelled in it count only with ``control_tokens``."""
+        backend = self._backend if control_tokens else self._plain
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As :meth:`encode` without control tokens, for many texts on all cores."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, control_tokens: bool = False) -> str:
+        """Text of ``ids``; control tokens are left out unless asked for."""
+        return self._backend.decode(list(ids), skip_special_tokens=not control_tokens)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of one token by its text, None where the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
+
+    def stream(self) -> TokenStream:
+        """A decoder for one answer that arrives token by token."""
+        return TokenStream(self._backend)
+
+    @cached_property
+    def _plain(self) -> Backend:
+        # The library matches added tokens in any text, and its switch against that spares those not flagged
+        # "special" (Qwen's <tool_call>), so plain text gets a tokenizer that has never heard of them.
+        content = json.loads(self._backend.to_str())
+        content["added_tokens"] = []
+        content["post_processor"] = None
+        return Backend.from_str(json.dumps(content))
+
+
+class TokenStream:
+    """Turns tokens into text as they come, holding back bytes of an unfinished character."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """Text that has become certain with ``token``; may be empty."""
+        return self._stream.step(self._backend, token) or ""
+
+
+def _token_text(value: Any) -> str | None:
+    """A token is named by its text or, in older folders, by an object with that text as ``content``."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

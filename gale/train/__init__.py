@@ -1,0 +1,1 @@
+"""Optimisers, the one training loop, exact resume, and one file a stage."""

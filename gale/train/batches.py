@@ -1,0 +1,131 @@
+"""Batches by number: row g of a run is the same whatever came before, so a resumed run needs no more than a count.
+
+Documents are cut into pieces of at most a row, the pieces are shuffled anew each epoch, and packed into rows of a
+fixed number of tokens. Attention never crosses from one piece into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gale.core.errors import DataError
+from gale.data.shards import TokenSplit
+
+IGNORED = -100  # the target value that cross-entropy skips
+_OPEN_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """N flattened tokens with the token to predict after each, their positions, and the pieces they form."""
+
+    ids_N: Tensor
+    targets_N: Tensor
+    positions_N: Tensor
+    lengths: list[int]
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many of the N predictions count in the loss."""
+        return int((self.targets_N != IGNORED).sum())
+
+
+class PackedRows:
+    """Rows of ``row_tokens`` predictions from a split.
+
+    ``loss_on`` "all" trains every token; "trained" only those the shards mark (the assistant's). ``long``
+    "split" cuts long documents into several pieces (running text); "cut" keeps only the beginning (conversations).
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        row_tokens: int,
+        seed: int,
+        loss_on: Literal["all", "trained"],
+        long: Literal["split", "cut"],
+    ) -> None:
+        self._split, self._row_tokens, self._seed, self._loss_on = split, row_tokens, seed, loss_on
+        lengths = split.lengths() - 1  # predictions of a document
+        if not (lengths > 0).any():
+            raise DataError(f"The split {split.name!r} holds no document of two tokens or more.")
+        # A piece is (document, first token, predictions).
+        counts = np.where(lengths > 0, -(-lengths // row_tokens) if long == "split" else 1, 0)
+        documents = np.repeat(np.arange(len(lengths)), counts)
+        starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * row_tokens
+        sizes = np.minimum(lengths[documents] - starts, row_tokens)
+        self._pieces = np.stack([documents, starts, sizes], axis=1)
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """Rows ``first_row`` to ``first_row + rows`` of the endless sequence of epochs."""
+        ids = np.zeros(rows * self._row_tokens, np.int64)
+        targets = np.full(len(ids), IGNORED, np.int64)
+        positions = np.zeros(len(ids), np.int64)
+        lengths: list[int] = []
+        for row in range(rows):
+            at, end = row * self._row_tokens, (row + 1) * self._row_tokens
+            for document, start, size in self._pieces[self._row(first_row + row)]:
+                tokens, trained = self._split.document(int(document))
+                ids[at : at + size] = tokens[start : start + size]
+                following = tokens[start + 1 : start + size + 1].astype(np.int64)
+                if self._loss_on == "trained":
+                    following[~trained[start + 1 : start + size + 1]] = IGNORED
+                targets[at : at + size] = following
+                positions[at : at + size] = np.arange(size)
+                lengths.append(int(size))
+                at += size
+            if at < end:  # what is left of the row is a piece without targets
+                lengths.append(end - at)
+                positions[at:end] = np.arange(end - at)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(positions), lengths)
+
+    def rows_of_epoch(self, epoch: int) -> int:
+        """Number of rows in one pass over the split."""
+        return len(self._packing(epoch))
+
+    def _row(self, number: int) -> npt.NDArray[np.int64]:
+        epoch = 0
+        while number >= (rows := self.rows_of_epoch(epoch)):
+            number -= rows
+            epoch += 1
+        return self._packing(epoch)[number]
+
+    @lru_cache(maxsize=2)  # noqa: B019 (one object lives as long as the run)
+    def _packing(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """Piece numbers of every row of an epoch."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._pieces))
+        return list(_pack(order, self._pieces[:, 2], self._row_tokens))
+
+
+def _pack(order: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], row_tokens: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Put each piece into the fullest of a few open rows that still has room; measured waste is under 2%."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for piece in order:
+        size = int(sizes[piece])
+        fitting = [index for index, space in enumerate(room) if space >= size]
+        if fitting:
+            index = min(fitting, key=room.__getitem__)
+        else:
+            if len(rows) == _OPEN_ROWS:
+                fullest = room.index(min(room))
+                yield np.array(rows.pop(fullest))
+                room.pop(fullest)
+            rows.append([])
+            room.append(row_tokens)
+            index = len(rows) - 1
+        rows[index].append(int(piece))
+        room[index] -= size
+        if room[index] == 0:
+            yield np.array(rows.pop(index))
+            room.pop(index)
+    yield from map(np.array, rows)

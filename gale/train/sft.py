@@ -1,0 +1,43 @@
+"""``gale train sft``: a base model learns to answer, with the loss on the assistant's tokens only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gale.core import files
+from gale.core.errors import DataError
+from gale.data.shards import TokenSplit, read_manifest
+from gale.model.checkpoint import WEIGHTS, load_model
+from gale.model.config import ModelConfig
+from gale.model.transformer import Decoder
+from gale.train.batches import PackedRows
+from gale.train.loop import Stage, run
+from gale.train.recipe import SftRecipe
+
+
+def sft(recipe: SftRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Fine-tune ``recipe.base``; see :func:`gale.train.loop.run`."""
+    manifest = read_manifest(recipe.data)
+    config = ModelConfig.load(recipe.base)
+    if config.vocabulary_size < manifest["vocabulary_size"]:
+        raise DataError(
+            f"The data in {recipe.data} was tokenised with {manifest['vocabulary_size']} tokens, "
+            f"but the model {recipe.base} knows {config.vocabulary_size}.",
+            hint="Prepare the data with the model's own tokenizer.",
+        )
+
+    def base(dtype: torch.dtype) -> Decoder:
+        return load_model(recipe.base, dtype=dtype)
+
+    def rows(split: str) -> PackedRows:
+        return PackedRows(
+            TokenSplit(recipe.data, split), row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on="trained", long="cut"
+        )
+
+    held_out = {name: rows(name) for name in manifest["splits"] if name != "train"}
+    facts = {"base_sha256": files.sha256(recipe.base / WEIGHTS)} if (recipe.base / WEIGHTS).is_file() else {}
+    stage = Stage("sft", recipe, config, base, rows("train"), held_out)
+    return run(stage, out, resume=resume, extra_facts=facts)
