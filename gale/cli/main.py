@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import typer
+from rich.markup import escape
 
 import gale
-from gale.cli import data, train
+from gale.cli import chat, data, eval, serve, train
 from gale.core.errors import GaleError
 from gale.core.logging import configure_logging
 from gale.core.progress import console
@@ -22,6 +23,9 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
+app.command("eval")(eval.evaluate)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 
 
 def _print_version(asked: bool) -> None:
@@ -39,18 +43,13 @@ def _options(
 
 def main() -> None:
     """Entry point: a :class:`GaleError` becomes its message and exit code, Ctrl-C a quiet 130."""
-    configure_logging(settings().log_level)
     try:
+        configure_logging(settings().log_level)
         app()
     except GaleError as error:
-        console.print(f"[bold red]Error:[/] {_plain(error.message)}", soft_wrap=True)
+        console.print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True)
         if error.hint:
-            console.print(f"[bold]Hint:[/] {_plain(error.hint)}", soft_wrap=True)
+            console.print(f"[bold]Hint:[/] {escape(error.hint)}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _plain(text: str) -> str:
-    """Text with nothing that Rich would take for markup."""
-    return text.replace("[", "\\[")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, NotRequired, TypedDict
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
@@ -36,13 +36,22 @@ GALE_CHAT_TEMPLATE = """\
 {{- 'Tools:\\n' }}{%- for tool in tools %}{{ tool | tojson + '\\n' }}{%- endfor %}{{ '<|end|>' }}{%- endif %}
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}{{ '<|assistant|>' }}{% generation %}{{ message.content or '' }}
-{%- for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function or call) | tojson + '</tool_call>' }}{% endfor %}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' + (call.function or call) | tojson + '</tool_call>' }}{% endfor %}
 {{- '<|end|>' }}{% endgeneration %}
+{%- elif message.role not in ['system', 'user', 'tool'] %}{{ raise_exception('unknown role ' ~ message.role) }}
 {%- elif not (tools and loop.first and message.role == 'system') %}
 {{- '<|' + message.role + '|>' + (message.content or '') + '<|end|>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+# For base models, whose folders name no template: a transcript is what they have most likely read before.
+PLAIN_CHAT_TEMPLATE = """\
+{{ bos_token }}{%- for message in messages %}
+{{- message.role | capitalize + ': ' + (message.content or '') + '\\n\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 
 
 class Message(TypedDict):
@@ -64,7 +73,7 @@ class EncodedChat:
 class _GenerationTag(Extension):
     """``{% generation %}...{% endgeneration %}``: brackets what the assistant wrote."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -136,9 +145,9 @@ class ChatTemplate:
                 bos_token=self._tokenizer.bos_token or "",
                 eos_token=self._tokenizer.eos_token or "",
             )
-        except _TemplateRefusal as refusal:
+        except _TemplateRefusalError as refusal:
             raise GaleError(f"The model's chat template refuses this conversation: {refusal}") from refusal
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of the model's, which may fail in any way
             raise GaleError(f"The model's chat template failed on this conversation: {error}") from error
 
     @cached_property
@@ -157,7 +166,7 @@ class ChatTemplate:
             cleaned = _RESERVED.sub("\ufffd", value)
             return self._control_pattern.sub(lambda found: f"{_CONTROL}{self._control_index[found[0]]};", cleaned)
         if isinstance(value, dict):
-            return {key: item if key == "role" else self._disguise(item) for key, item in value.items()}
+            return {self._disguise(key): self._disguise(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._disguise(item) for item in value]
         return value
@@ -177,17 +186,17 @@ class ChatTemplate:
         return ids + self._tokenizer.encode(self._restore(text[position:]))
 
 
-class _TemplateRefusal(Exception):
+class _TemplateRefusalError(Exception):
     """Raised from inside a template by its own ``raise_exception``."""
 
 
 def _raise_exception(message: str) -> None:
-    raise _TemplateRefusal(message)
+    raise _TemplateRefusalError(message)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
+def _tojson(value: Any, **options: Any) -> str:
     # Jinja's own filter escapes for HTML, which would change the text that the model reads.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def _strip_marks(text: str) -> str:

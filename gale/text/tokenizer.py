@@ -72,12 +72,19 @@ class Tokenizer:
         if settings_path.is_file():
             try:
                 settings = json.loads(settings_path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ModelError(f"{settings_path} is not valid JSON: {error}") from error
+            except (ValueError, OSError) as error:
+                raise ModelError(f"{settings_path} cannot be read: {error}") from error
+            if not isinstance(settings, dict):
+                raise ModelError(f"{settings_path} does not hold a JSON object.")
+        template_path = folder / "chat_template.jinja"  # where transformers 5 keeps it
+        if template_path.is_file():
+            settings["chat_template"] = template_path.read_text(encoding="utf-8")
         return cls(backend, settings)
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocabulary_size: int, chat_template: str, length: int | None = None) -> Tokenizer:
+    def train(
+        cls, texts: Iterable[str], *, vocabulary_size: int, chat_template: str, length: int | None = None
+    ) -> Tokenizer:
         """Learn ``vocabulary_size`` byte-level BPE tokens (control tokens included) from ``texts``."""
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -124,13 +131,17 @@ class Tokenizer:
         return source if isinstance(source, str) else None
 
     def encode(self, text: str, *, control_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``, adding none; control tokens spelled in it count only with ``control_tokens``."""
+        """Token ids of ``text``, adding none; control tokens spelled in it count only with ``control_tokens``.
+
+        Half a surrogate pair, which is no text, is read as the replacement character.
+        """
         backend = self._backend if control_tokens else self._plain
-        return backend.encode(text, add_special_tokens=False).ids
+        return backend.encode(_whole_characters(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As :meth:`encode` without control tokens, for many texts on all cores."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        whole = [_whole_characters(text) for text in texts]
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(whole, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, control_tokens: bool = False) -> str:
         """Text of ``ids``; control tokens are left out unless asked for."""
@@ -164,6 +175,14 @@ class TokenStream:
     def push(self, token: int) -> str:
         """Text that has become certain with ``token``; may be empty."""
         return self._stream.step(self._backend, token) or ""
+
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _token_text(value: Any) -> str | None:

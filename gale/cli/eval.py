@@ -1,0 +1,39 @@
+"""``gale eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gale.cli.options import DryRunOption, OverridesArgument, read_recipe
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder or name.")],
+    overrides: OverridesArgument = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="What to measure.  [default: a short text in each language]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.json and report.md.")] = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Measure a model: bits per byte of held-out text in each language, and answers to a few prompts."""
+    from gale.evals.recipe import DEFAULT_RECIPE, EvalRecipe
+    from gale.registry.models import resolve_model
+
+    settings = read_recipe(recipe or DEFAULT_RECIPE, EvalRecipe, overrides, dry_run)
+    folder = resolve_model(model)
+
+    from gale.core import files
+    from gale.evals.report import evaluate as run
+    from gale.evals.report import to_markdown
+
+    report = run(folder, settings)
+    page = to_markdown(report)
+    typer.echo(page)
+    if out is not None:
+        files.write_json(out / "report.json", report)
+        files.write_text(out / "report.md", page)
+        typer.echo(f"Written to {out}")

@@ -1,0 +1,96 @@
+"""The engine's heart: which tokens the model reads in each step (continuous batching with chunked prefill).
+
+A step takes one new token of every answering sequence and, beside them, a bounded chunk of the oldest prompt that is
+still being read. So answers never wait longer for a long prompt than for one chunk of it (Yu et al. 2022, Agrawal
+et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from gale.engine.kv_cache import CachedAttention
+from gale.engine.sequence import Sequence
+from gale.model.transformer import Decoder
+
+
+class Batcher:
+    """Runs sequences through ``model``: at most ``max_running`` at once, ``prefill_chunk`` prompt tokens a step."""
+
+    def __init__(self, model: Decoder, *, max_running: int, prefill_chunk: int) -> None:
+        self._model = model
+        self._device = model.embed_tokens.weight.device
+        self._max_running = max_running
+        self._prefill_chunk = prefill_chunk
+        self._running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._running and not self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; sequences start in the order in which they came."""
+        self._waiting.append(sequence)
+
+    def abandon(self, error: Exception) -> None:
+        """Tell every sequence that it failed and forget them all."""
+        for sequence in [*self._running, *self._waiting]:
+            sequence.emit(error)
+        self._running.clear()
+        self._waiting.clear()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Drop what was cancelled, admit what fits, read one batch of tokens and choose the next ones."""
+        self._drop_cancelled()
+        while self._waiting and len(self._running) < self._max_running:
+            self._running.append(self._waiting.popleft())
+        work = self._plan()
+        if not work:
+            return
+        ids: list[int] = []
+        positions: list[int] = []
+        for sequence, count in work:
+            sequence.cache.reserve(count)
+            ids += sequence.pending[:count]
+            positions += range(sequence.cache.length, sequence.cache.length + count)
+        attend = CachedAttention([s.cache for s, _ in work], [count for _, count in work], self._model.config)
+        hidden_NC = self._model(
+            torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
+        )
+        sampled: list[tuple[Sequence, int]] = []
+        row = -1
+        for sequence, count in work:
+            row += count
+            sequence.cache.advance(count)
+            sequence.pending = sequence.pending[count:]
+            if not sequence.pending:  # all is read: the last token's scores are the next token's
+                sampled.append((sequence, row))
+        if sampled:
+            logits_SV = self._model.logits(hidden_NC[[row for _, row in sampled]]).float().cpu()
+            for (sequence, _), logits_V in zip(sampled, logits_SV, strict=True):
+                sequence.accept(sequence.sampler.choose(logits_V))
+        self._running = [sequence for sequence in self._running if not sequence.finished]
+
+    def _plan(self) -> list[tuple[Sequence, int]]:
+        """Sequences of this step with how many tokens each reads; prompts share one chunk, oldest first."""
+        work, budget = [], self._prefill_chunk
+        for sequence in self._running:
+            if len(sequence.pending) == 1:
+                work.append((sequence, 1))
+            elif budget > 0:
+                count = min(len(sequence.pending), budget)
+                work.append((sequence, count))
+                budget -= count
+        return work
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.cancelled:
+                sequence.finish("cancelled")
+        self._running = [sequence for sequence in self._running if not sequence.finished]
+        self._waiting = deque(sequence for sequence in self._waiting if not sequence.finished)

@@ -1,0 +1,174 @@
+"""The engine in this process: a thread that owns the model, and the asyncio face of it."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import structlog
+import torch
+
+from gale.core.device import choose_compute
+from gale.core.errors import ModelError
+from gale.engine.batcher import Batcher
+from gale.engine.kv_cache import SequenceCache
+from gale.engine.request import (
+    ContextLengthError,
+    EngineFailedError,
+    EngineOverloadedError,
+    Event,
+    Finished,
+    SamplingParams,
+)
+from gale.engine.sequence import Sequence
+from gale.model.checkpoint import load_model, read_json
+from gale.model.transformer import Decoder
+from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
+from gale.text.tokenizer import Tokenizer
+
+MAX_RUNNING = 16
+MAX_UNFINISHED = 256
+PREFILL_CHUNK = 256
+_CLOSE_SECONDS = 10.0
+
+log = structlog.get_logger()
+
+
+class LocalEngine:
+    """A model in this process. Implements :class:`gale.engine.request.Engine`.
+
+    The event loop never computes: requests travel to the engine's thread through a queue, events travel back
+    through ``call_soon_threadsafe``.
+    """
+
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, *, model_id: str, end_tokens: frozenset[int] = frozenset()
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
+        self._model_id = model_id
+        self._end_tokens = end_tokens
+        self._unfinished = 0  # touched by the event loop only
+        self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="gale-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int = 0) -> LocalEngine:
+        """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
+        compute = choose_compute()
+        if threads:
+            torch.set_num_threads(threads)
+        model = load_model(folder, dtype=compute.dtype, device=compute.device)
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocabulary_size > model.config.vocabulary_size:
+            raise ModelError(
+                f"{folder}: the tokenizer knows {tokenizer.vocabulary_size} tokens, "
+                f"the model only {model.config.vocabulary_size}."
+            )
+        if tokenizer.chat_template is None:
+            log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")
+        # A trained model stands in RUN/model; the run's name says more than "model".
+        name = folder.resolve().name
+        return cls(
+            model,
+            tokenizer,
+            model_id=folder.resolve().parent.name if name == "model" else name,
+            end_tokens=end_tokens(folder, tokenizer),
+        )
+
+    @property
+    def model_id(self) -> str:
+        """The name under which the model is served."""
+        return self._model_id
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._model.config.context_length
+
+    def count_prompt_tokens(self, messages: list[Message]) -> int:
+        """Tokens the model would read before answering ``messages``."""
+        return len(self._template.prompt(messages))
+
+    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+        """See :meth:`gale.engine.request.Engine.chat`."""
+        prompt = await asyncio.to_thread(self._template.prompt, messages)
+        room = self.context_length - len(prompt)
+        if room < 1:
+            raise ContextLengthError(len(prompt), self.context_length)
+        if self._unfinished >= MAX_UNFINISHED:
+            raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
+        if not self._thread.is_alive():
+            raise EngineFailedError("The engine has stopped.")
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+
+        def emit(event: Event | Exception) -> None:
+            # The loop may be gone when the server stops in the middle of an answer.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        model = self._model
+        sequence = Sequence(
+            prompt,
+            sampling,
+            room=room,
+            end_tokens=self._end_tokens,
+            stream=self._tokenizer.stream(),
+            cache=SequenceCache(model.config, model.embed_tokens.weight.dtype, model.embed_tokens.weight.device),
+            emit=emit,
+        )
+        self._unfinished += 1
+        self._inbox.put(sequence)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            sequence.cancelled = True  # seen at the beginning of the next step
+            self._unfinished -= 1
+
+    async def close(self) -> None:
+        """Stop all requests and the thread."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
+
+    def _work(self) -> None:
+        """The thread: take in requests, step while there is work, sleep while there is none."""
+        batcher = Batcher(self._model, max_running=MAX_RUNNING, prefill_chunk=PREFILL_CHUNK)
+        while True:
+            try:
+                sequence = self._inbox.get(block=batcher.idle)
+                while True:
+                    if sequence is None:
+                        batcher.abandon(EngineFailedError("The engine was stopped."))
+                        return
+                    batcher.add(sequence)
+                    sequence = self._inbox.get(block=False)
+            except queue.Empty:
+                pass
+            try:
+                batcher.step()
+            except Exception as error:  # one broken step must not end the service
+                log.exception("engine_step_failed", error=str(error))
+                batcher.abandon(EngineFailedError("The engine failed while answering; the request was not finished."))
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end an answer: what ``generation_config.json``, ``config.json`` and the tokenizer name."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(folder / name).get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+    if tokenizer.eos_token is not None and (token := tokenizer.token_id(tokenizer.eos_token)) is not None:
+        ids.add(token)
+    return frozenset(ids)

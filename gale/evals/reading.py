@@ -1,0 +1,114 @@
+"""Reading: questions on a passage, on a passage that does not say, and without a passage.
+
+The conversations are those that training would make of a held-out question-answering file, so the report says how
+often the model finds the answer, and how often it admits that there is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from gale.core.progress import Bar
+from gale.data.recipe import Source
+from gale.data.sources import Document, read_documents
+from gale.engine.request import Engine, SamplingParams, TextDelta
+from gale.text.template import Message
+
+# Questions answered side by side; the engine batches them.
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question with what was expected and what the model said."""
+
+    kind: str
+    question: str
+    expected: str
+    given: str
+
+
+async def ask(engine: Engine, messages: list[Message], max_tokens: int) -> str:
+    """The engine's greedy answer."""
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
+    parts = [event.text async for event in engine.chat(messages, sampling) if isinstance(event, TextDelta)]
+    return "".join(parts)
+
+
+async def read_and_answer(engine: Engine, source: Source, *, limit: int, max_tokens: int, seed: int) -> list[Answer]:
+    """Answer the first ``limit`` questions of a source of the format qa that fit the context."""
+    assert source.questions is not None
+    replies = {source.questions.unanswerable_reply: "unanswerable", source.questions.closed_book_reply: "closed_book"}
+    documents: list[Document] = []
+    for document in read_documents(source, replace={}, seed=seed):
+        prompt = list(document.messages[:-1])
+        if engine.count_prompt_tokens(prompt) + max_tokens <= engine.context_length:
+            documents.append(document)
+        if len(documents) == limit:
+            break
+    places = asyncio.Semaphore(_AT_ONCE)
+    with Bar(f"Answering {source.split}", len(documents)) as bar:
+
+        async def one(document: Document) -> Answer:
+            expected = document.messages[-1]["content"]
+            async with places:
+                given = await ask(engine, list(document.messages[:-1]), max_tokens)
+            bar.advance()
+            kind = replies.get(expected, "grounded")
+            return Answer(kind, document.messages[0]["content"], expected, given)
+
+        return list(await asyncio.gather(*map(one, documents)))
+
+
+def score(answers: list[Answer]) -> dict[str, Any]:
+    """Share of exact answers and mean character F1 on answerable questions; share of admissions on the others.
+
+    ``refused_wrongly`` is the price of admitting: the share of answerable questions that were not answered.
+    """
+    grounded = [answer for answer in answers if answer.kind == "grounded"]
+    admissions = {_plain(answer.expected) for answer in answers if answer.kind != "grounded"}
+    result: dict[str, Any] = {
+        "questions": len(answers),
+        "exact": _share(_plain(a.given) == _plain(a.expected) for a in grounded),
+        "f1": _share(_f1(a.given, a.expected) for a in grounded),
+        "refused_wrongly": _share(_plain(a.given) in admissions for a in grounded),
+    }
+    for kind in ("unanswerable", "closed_book"):
+        chosen = [answer for answer in answers if answer.kind == kind]
+        result[f"{kind}_admitted"] = _share(_plain(a.given) in admissions for a in chosen)
+    return result
+
+
+def _share(values: Any) -> float | None:
+    numbers = [float(value) for value in values]
+    return round(sum(numbers) / len(numbers), 4) if numbers else None
+
+
+def _plain(text: str) -> str:
+    """Text without case, punctuation and spaces."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if unicodedata.category(c)[0] in "LN")
+
+
+def _f1(given: str, expected: str) -> float:
+    """Overlap of words, or of characters for Chinese, as SQuAD and CMRC count it (Rajpurkar et al. 2016)."""
+    first, second = _units(given), _units(expected)
+    common = sum((first & second).values())
+    if not common:
+        return 0.0
+    precision, recall = common / sum(first.values()), common / sum(second.values())
+    return 2 * precision * recall / (precision + recall)
+
+
+def _units(text: str) -> Counter[str]:
+    units: Counter[str] = Counter()
+    for word in text.lower().split():
+        kept = [c for c in word if unicodedata.category(c)[0] in "LN"]
+        if any("\u4e00" <= c <= "\u9fff" for c in kept):
+            units.update(kept)
+        elif kept:
+            units["".join(kept)] += 1
+    return units

@@ -1,0 +1,228 @@
+"""The engine's promises: the right tokens, alone or in company, and an end whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gale.engine import local
+from gale.engine.local import LocalEngine
+from gale.engine.request import (
+    ContextLengthError,
+    EngineFailedError,
+    EngineOverloadedError,
+    SamplingParams,
+    TextDelta,
+)
+from gale.model.attention import PackedAttention
+from gale.model.checkpoint import save_model
+from gale.model.transformer import Decoder
+from gale.text.template import ChatTemplate
+from gale.text.tokenizer import Tokenizer
+from tests.engine.conftest import answer, user
+from tests.tiny_model import make_model
+
+MakeEngine = Callable[..., LocalEngine]
+SHORT, LONG = "Where does the river go?", "The wind came over the hill. 门关上了。 " * 30
+
+
+def slow_greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding as simply as it can be said: the trainer's attention over the whole text, for every token."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            hidden = model(torch.tensor(ids), torch.arange(len(ids)), PackedAttention([len(ids)]))
+            ids.append(int(model.logits(hidden[-1:]).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("text", [SHORT, LONG], ids=["one chunk", "several chunks"])
+def test_greedy_tokens_are_those_of_the_whole_forward_pass(
+    make_engine: MakeEngine, model: Decoder, tokenizer: Tokenizer, text: str
+) -> None:
+    prompt = ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(text))
+    expected = tokenizer.stream()
+    words = "".join(expected.push(token) for token in slow_greedy(model, prompt, 24))
+    given, finished = asyncio.run(answer(make_engine(), text, temperature=0, max_tokens=24))
+    assert given == words
+    assert finished.reason == "length"
+    assert finished.usage.prompt_tokens == len(prompt)
+    assert finished.usage.completion_tokens == 24
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_greedy_tokens_are_those_of_transformers(
+    tmp_path: Path, make_engine: MakeEngine, tokenizer: Tokenizer, family: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shape: dict[str, Any] = {"family": family, "qk_norm": family == "qwen3"}
+    if family == "mistral":
+        shape["sliding_window"] = 40
+    model = make_model(tokenizer, **shape)
+    save_model(model, tmp_path, dtype=torch.float32)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    prompt = ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(LONG[:300]))
+    wanted = oracle.generate(
+        torch.tensor([prompt]), max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    stream = tokenizer.stream()
+    expected = "".join(stream.push(int(token)) for token in wanted[0, len(prompt) :])
+    given, _ = asyncio.run(answer(make_engine(model), LONG[:300], temperature=0, max_tokens=32))
+    assert given == expected
+
+
+def test_an_answer_is_the_same_alone_and_in_company(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    texts = [SHORT, LONG, "河流去哪里？", "a", LONG[:200], "The sea?"]
+
+    async def together() -> list[tuple[str, Any]]:
+        return list(await asyncio.gather(*(answer(engine, text, temperature=0, max_tokens=20) for text in texts)))
+
+    async def one_by_one() -> list[tuple[str, Any]]:
+        return [await answer(engine, text, temperature=0, max_tokens=20) for text in texts]
+
+    assert asyncio.run(together()) == asyncio.run(one_by_one())
+
+
+def test_a_seed_makes_an_answer_reproducible_in_any_company(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    async def seeded(seed: int) -> str:
+        return (await answer(engine, SHORT, temperature=1.0, seed=seed, max_tokens=20))[0]
+
+    async def run() -> tuple[str, list[str]]:
+        alone = await seeded(5)
+        return alone, list(await asyncio.gather(seeded(5), seeded(6), seeded(5)))
+
+    alone, together = asyncio.run(run())
+    assert together[0] == together[2] == alone
+    assert together[1] != alone
+
+
+def test_stop_strings_end_the_answer_and_never_show(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    whole, _ = asyncio.run(answer(engine, SHORT, temperature=0, max_tokens=40))
+    middle = len(whole) // 2
+    stop = whole[middle : middle + 3]
+    given, finished = asyncio.run(answer(engine, SHORT, temperature=0, max_tokens=40, stop=("never there", stop)))
+    assert given == whole[: whole.index(stop)]
+    assert finished.reason == "stop"
+    assert finished.usage.completion_tokens < 40
+
+
+def test_end_tokens_end_the_answer(make_engine: MakeEngine, model: Decoder, tokenizer: Tokenizer) -> None:
+    prompt = ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(SHORT))
+    tokens = slow_greedy(model, prompt, 10)
+    end = tokens[6]
+    _, finished = asyncio.run(answer(make_engine(end_tokens=frozenset([end])), SHORT, temperature=0))
+    assert finished.reason == "stop"
+    assert finished.usage.completion_tokens == tokens.index(end) + 1
+
+
+def test_without_max_tokens_the_context_is_the_limit(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
+    engine = make_engine(make_model(tokenizer, context_length=64))
+    _, finished = asyncio.run(answer(engine, SHORT, temperature=0))
+    assert finished.reason == "length"
+    assert finished.usage.prompt_tokens + finished.usage.completion_tokens == 64
+
+
+def test_a_prompt_may_fill_all_but_one_token_of_the_context(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
+    tokens = len(ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(SHORT)))
+    _, finished = asyncio.run(answer(make_engine(make_model(tokenizer, context_length=tokens + 1)), SHORT))
+    assert finished.usage.completion_tokens == 1
+    with pytest.raises(ContextLengthError, match=f"maximum context length is {tokens} tokens"):
+        asyncio.run(answer(make_engine(make_model(tokenizer, context_length=tokens)), SHORT))
+
+
+def test_closing_the_iterator_stops_the_generation_within_a_step(
+    make_engine: MakeEngine, model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    steps = 0
+    forward = model.forward
+
+    def counted(ids_N: Tensor, positions_N: Tensor, attend: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return forward(ids_N, positions_N, attend)
+
+    monkeypatch.setattr(model, "forward", counted)
+
+    async def run() -> int:
+        events = engine.chat(user(SHORT), SamplingParams(max_tokens=600))
+        await anext(events)
+        await events.aclose()
+        at_close = steps
+        # Another request is answered meanwhile: the engine goes on, without the closed one.
+        await answer(engine, "a", temperature=0, max_tokens=30)
+        return steps - at_close
+
+    assert asyncio.run(run()) <= 30 + 1
+
+
+def test_the_event_loop_goes_on_while_the_model_computes(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    async def run() -> bool:
+        task = asyncio.create_task(answer(engine, LONG, temperature=0, max_tokens=60))
+        ticks = 0
+        while not task.done():
+            ticks += 1
+            await asyncio.sleep(0)
+        return ticks > 60
+
+    assert asyncio.run(run())
+
+
+def test_a_failed_step_fails_its_requests_and_not_the_engine(
+    make_engine: MakeEngine, model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", broken)
+        with pytest.raises(EngineFailedError):
+            asyncio.run(answer(engine, SHORT))
+    _, finished = asyncio.run(answer(engine, SHORT, max_tokens=3))
+    assert finished.usage.completion_tokens == 3
+
+
+def test_a_full_queue_refuses_at_once(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "MAX_UNFINISHED", 1)
+    engine = make_engine()
+
+    async def run() -> None:
+        first = engine.chat(user(SHORT), SamplingParams(max_tokens=200))
+        await anext(first)
+        with pytest.raises(EngineOverloadedError):
+            await anext(engine.chat(user(SHORT), SamplingParams()))
+        await first.aclose()
+        await answer(engine, SHORT, max_tokens=1)
+
+    asyncio.run(run())
+
+
+def test_close_ends_open_requests(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    async def run() -> None:
+        events = engine.chat(user(SHORT), SamplingParams(max_tokens=600))
+        await anext(events)
+        await engine.close()
+        with pytest.raises(EngineFailedError):
+            async for event in events:
+                assert isinstance(event, TextDelta)
+        with pytest.raises(EngineFailedError):
+            await answer(engine, SHORT)
+
+    asyncio.run(run())

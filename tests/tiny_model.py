@@ -1,0 +1,41 @@
+"""A tiny model with random weights in fp32: small enough to check every number, real enough to run everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gale.model.config import ModelConfig
+from gale.model.transformer import Decoder
+from gale.text.template import GALE_CHAT_TEMPLATE
+from gale.text.tokenizer import Tokenizer
+
+TEXTS = [
+    "The wind came over the hill and the door fell shut.",
+    "Where does the river go? It goes to the sea, and the sea goes nowhere.",
+    "风从山上吹来，门关上了。河流去哪里？河流去大海。",
+] * 20
+
+
+def make_tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, vocabulary_size=400, chat_template=GALE_CHAT_TEMPLATE)
+
+
+def make_model(tokenizer: Tokenizer, **changes: Any) -> Decoder:
+    settings: dict[str, Any] = {
+        "family": "qwen3",
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "layers": 2,
+        "heads": 6,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "context_length": 700,
+    }
+    model = Decoder(ModelConfig(**{**settings, **changes}))
+    model.initialise(7)
+    # Wider than a fresh model's weights, so that the scores differ clearly and greedy decoding has no near ties.
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 8
+    return model.eval()
