@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-warn-script-location
 PAGE := gale/server/static/index.html
 PAGE_SOURCES := $(shell find web/src web/public web/index.html web/package-lock.json web/*.ts web/*.js web/*.json -type f 2>/dev/null)
 
-.PHONY: run test lint page-test pytest constraints clean
+.PHONY: run test lint page-test pytest pictures constraints clean
 
 run: $(VENV)/.run-stamp $(PAGE)
 	@exec $(BIN)/gale serve $(ARGS)
@@ -35,6 +35,11 @@ page-test: web/node_modules/.stamp
 pytest: $(VENV)/.test-stamp $(PAGE)
 	@scripts/need-chromium
 	$(BIN)/pytest $(ARGS)
+
+# The screenshots in the README, taken by the end-to-end test.
+pictures: $(VENV)/.test-stamp $(PAGE)
+	@scripts/need-chromium
+	GALE_PICTURES=$(CURDIR)/docs/images $(BIN)/pytest -q tests/e2e -k pictures
 
 $(VENV)/.run-stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Gale needs Python 3.11 or newer; set PYTHON=...")'

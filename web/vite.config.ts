@@ -16,7 +16,14 @@ export default defineConfig({
   },
   server: {
     // `npm run dev` shows the page against a `gale serve` running beside it.
-    proxy: { '/api': 'http://127.0.0.1:8000' },
+    proxy: {
+      '/api': {
+        target: 'http://127.0.0.1:8000',
+        changeOrigin: true,
+        // To the server this page comes from another port, which it refuses as it would any foreign page.
+        headers: { origin: 'http://127.0.0.1:8000', 'sec-fetch-site': 'same-origin' },
+      },
+    },
   },
   test: {
     environment: 'jsdom',

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -27,13 +28,19 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise GaleError(f"No space left while writing {path}.", hint="Free some space; nothing old was lost.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise GaleError(f"Not allowed to write {path}.", hint="Choose another folder, for example with --out.") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise GaleError(f"{path} cannot be made: a file stands where a folder is needed.") from error
-        raise
+        hint: str | None = None
+        match error.errno:
+            case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+                message, hint = f"No space left while writing {path}.", "Free some space; nothing old was lost."
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                message, hint = f"Not allowed to write {path}.", "Choose another folder, for example with --out."
+            case errno.ENOTDIR | errno.EEXIST | errno.EISDIR:
+                message = f"{path} cannot be made: something else stands in its place."
+            case errno.ENAMETOOLONG | errno.ELOOP | errno.EIO:
+                message = f"{path} cannot be written: {error.strerror}."
+            case _:
+                raise
+        raise GaleError(message, hint=hint) from error
 
 
 def fsync_directory(path: Path) -> None:
@@ -50,17 +57,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             # mkstemp makes files private; what we write is meant to be as readable as any other file.
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            temporary.unlink(missing_ok=True)
             raise
         fsync_directory(path.parent)
 
@@ -76,34 +83,50 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
     """Fill a temporary folder that becomes ``path`` only when the block ends without an error.
 
-    An existing ``path`` is replaced. Between removing the old folder and renaming the new one there is an
-    instant without either, so folders whose history matters (checkpoints) get a new name each time instead.
+    An existing ``path`` is replaced; with ``marker`` only where it is empty or holds a file of that name, so that a
+    mistyped --out costs nobody their folder. Between moving the old folder away and the new one to its place there
+    is an instant without either, so folders whose history matters (checkpoints) get a new name each time instead.
     """
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if marker and path.exists() and not (path / marker).is_file() and any(path.iterdir()):
+            raise GaleError(f"{path} holds something else and is not replaced.", hint="Choose another --out.")
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield temporary
-            for root, _, names in os.walk(temporary):
-                for name in names:
-                    with open(Path(root) / name, "rb") as file:
-                        os.fsync(file.fileno())
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
             temporary.chmod(0o777 & ~_umask())
             if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+                path.replace(old)
+                temporary.replace(path)
+                shutil.rmtree(old)
+            else:
+                temporary.replace(path)
             fsync_directory(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what writes of ``path`` left beside it when the process was killed in the middle of one."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -28,7 +28,7 @@ class Bar:
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not self._live,
         )
@@ -38,17 +38,21 @@ class Bar:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def advance(self, note: str = "", steps: int = 1) -> None:
         """Count ``steps`` as done."""
         self._done += steps
         self._progress.update(self._task, completed=self._done, note=note)
-        if not self._live and (time.monotonic() - self._last_plain > _PLAIN_INTERVAL_SECONDS or self._done == self._total):
+        if not self._live and (
+            time.monotonic() - self._last_plain > _PLAIN_INTERVAL_SECONDS or self._done == self._total
+        ):
             self._last_plain = time.monotonic()
-            console.print(f"{self._title} {self._done}/{self._total} {note}", soft_wrap=True)
+            console.print(f"{self._title} {self._done}/{self._total} {note}", soft_wrap=True, markup=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, soft_wrap=True)
+        self._progress.console.print(text, soft_wrap=True, markup=False)

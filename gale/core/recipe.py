@@ -27,7 +27,10 @@ class Recipe(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
         if isinstance(value, str) and (annotation is Path or Path in get_args(annotation)):
             folder = (info.context or {}).get("folder", Path())
-            return (folder / Path(value).expanduser()).resolve()
+            try:
+                return (folder / Path(value).expanduser()).resolve()
+            except (OSError, RuntimeError) as error:  # ~nobody, or a circle of links
+                raise ValueError(f"not a path that can be followed: {error}") from error
         if isinstance(value, list) and str(annotation).startswith("tuple["):
             return tuple(value)  # TOML has arrays only; strict mode would refuse them for tuples
         return value
@@ -83,9 +86,14 @@ def _explain(detail: dict[str, Any], kind: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         names = _field_names(kind, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), names, n=1)
-        return f"{where}: no such key" + (f"; did you mean {near[0]!r}?" if near else f" (valid: {', '.join(sorted(names))})")
+        return f"{where}: no such key" + (
+            f"; did you mean {near[0]!r}?" if near else f" (valid: {', '.join(sorted(names))})"
+        )
     if detail["type"] == "missing":
         return f"{where}: required, but missing"
+    if detail["type"] == "value_error":  # raised by a recipe's own check, whose message says it all
+        message = str(detail["ctx"]["error"])
+        return f"{where}: {message}" if where else message
     message = str(detail["msg"])
     message = message[0].lower() + message[1:]
     return f"{where}: {message}, not {detail['input']!r}" if where else message

@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 
 from platformdirs import user_data_path
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from gale.core.errors import GaleError
 
 
 class Settings(BaseSettings):
@@ -35,5 +37,9 @@ class Settings(BaseSettings):
 
 @cache
 def settings() -> Settings:
-    """The settings of this process, read once."""
-    return Settings()
+    """The settings of this process, read once. Raises :class:`GaleError` naming every wrong variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [f"GALE_{str(detail['loc'][0]).upper()}: {detail['msg']}" for detail in error.errors()]
+        raise GaleError("\n".join(["The environment holds settings that cannot be used:", *problems])) from error

@@ -93,11 +93,11 @@ class LocalEngine:
 
     def count_prompt_tokens(self, messages: list[Message]) -> int:
         """Tokens the model would read before answering ``messages``."""
-        return len(self._template.prompt(messages))
+        return len(self._prompt(messages))
 
     async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        prompt = await asyncio.to_thread(self._template.prompt, messages)
+        prompt = await asyncio.to_thread(self._prompt, messages)
         room = self.context_length - len(prompt)
         if room < 1:
             raise ContextLengthError(len(prompt), self.context_length)
@@ -136,6 +136,17 @@ class LocalEngine:
         finally:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
+
+    def _prompt(self, messages: list[Message]) -> list[int]:
+        """The conversation's tokens. Raises :class:`ContextLengthError` at once for what cannot fit in any way.
+
+        Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
+        """
+        size = sum(len(message["content"]) for message in messages)
+        least = size // self._tokenizer.longest_token_characters
+        if least >= self.context_length:
+            raise ContextLengthError(least, self.context_length)
+        return self._template.prompt(messages)
 
     async def close(self) -> None:
         """Stop all requests and the thread."""

@@ -6,7 +6,7 @@ OpenAI-compatible server and for replicas, so nothing above this room knows whic
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -80,7 +80,10 @@ Event = TextDelta | Finished
 
 
 class Engine(Protocol):
-    """A model that answers. Implementations are safe to call from one asyncio event loop."""
+    """A model that answers.
+
+    ``chat`` and ``close`` are called from one asyncio event loop; ``count_prompt_tokens`` from any thread.
+    """
 
     @property
     def model_id(self) -> str:
@@ -91,12 +94,15 @@ class Engine(Protocol):
         """Most tokens of prompt and answer together."""
 
     def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering ``messages``."""
+        """Tokens the model would read before answering ``messages``.
 
-    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncIterator[Event]:
+        Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
+        """
+
+    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
         """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
 
-        Closing the iterator (``aclose``, or cancelling the task that reads it) stops the generation within one
+        Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
         step. Raises :class:`ContextLengthError` or :class:`EngineOverloadedError` before the first event and
         :class:`EngineFailedError` at any time.
         """

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, ClassVar, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
@@ -73,7 +73,7 @@ class EncodedChat:
 class _GenerationTag(Extension):
     """``{% generation %}...{% endgeneration %}``: brackets what the assistant wrote."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared so by Jinja)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -122,6 +122,15 @@ class Tokenizer:
         """Number of tokens, control tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def longest_token_characters(self) -> int:
+        """No token stands for more characters than this, so a text of n characters has at least n over this many.
+
+        Byte-level vocabularies spell every byte as a character, others spell characters as themselves: either way a
+        token's spelling is at least as long as its text.
+        """
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     @property
     def chat_template(self) -> str | None:
         """Jinja source of the chat template, if the folder names one."""

@@ -141,6 +141,14 @@ def test_a_prompt_may_fill_all_but_one_token_of_the_context(make_engine: MakeEng
         asyncio.run(answer(make_engine(make_model(tokenizer, context_length=tokens)), SHORT))
 
 
+def test_megabytes_are_refused_without_being_encoded(
+    make_engine: MakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(ContextLengthError):
+        asyncio.run(answer(make_engine(), "a" * 8_000_000))
+
+
 def test_closing_the_iterator_stops_the_generation_within_a_step(
     make_engine: MakeEngine, model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,1 @@
+"""How one turn is answered."""

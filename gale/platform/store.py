@@ -1,0 +1,23 @@
+"""Everything the service keeps, in one object."""
+
+from __future__ import annotations
+
+from gale.platform.conversations import Conversations
+from gale.platform.database import Database
+
+
+class Store:
+    """The open store: ``conversations``. Close it when the service ends."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.conversations = Conversations(database)
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Open and migrate the database at ``url`` (``sqlite:///...``). Blocks. Raises ``StoreError``."""
+        return cls(Database.open(url))
+
+    def close(self) -> None:
+        """Finish pending writes and close the database. Blocks."""
+        self._database.close()

@@ -1,0 +1,51 @@
+"""The whole HTTP application, put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from gale import __version__
+from gale.engine.request import Engine
+from gale.platform.store import Store
+from gale.server import errors, health, openai_chat, openai_models, page_conversations, page_turns, static_page
+from gale.server.edge import Edge, EdgeLimits
+from gale.server.lifecycle import Lifecycle
+from gale.server.local_guard import LocalGuard
+from gale.server.sse import StreamLimits
+
+# Where `npm run build` puts the page; part of the wheel.
+STATIC = Path(__file__).parent / "static"
+
+
+def create_app(
+    engine: Engine,
+    store: Store,
+    *,
+    static: Path | None = STATIC,
+    lifecycle: Lifecycle | None = None,
+    edge_limits: EdgeLimits | None = None,
+    stream_limits: StreamLimits | None = None,
+) -> FastAPI:
+    """The ASGI application for one engine and one store, both of which the caller opens and closes.
+
+    For loopback addresses only: nothing here asks who the caller is (see :mod:`gale.server.local_guard`). A
+    ``lifecycle`` lets the caller drain the application before stopping it.
+    """
+    lifecycle = lifecycle or Lifecycle()
+    stream_limits = stream_limits or StreamLimits()
+    # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
+    # whatever the Host header says.
+    app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    errors.install(app)
+    app.include_router(health.routes(lifecycle))
+    app.include_router(openai_models.routes(engine))
+    app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
+    app.include_router(page_conversations.routes(engine, store))
+    app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
+    static_page.install(app, static)
+    # The one added last is the outermost.
+    app.add_middleware(LocalGuard)
+    app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
+    return app

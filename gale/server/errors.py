@@ -1,0 +1,139 @@
+"""Every failure as OpenAI's error body: ``{"error": {"message", "type", "param", "code"}}``.
+
+The official clients turn the status into an exception class, show ``message`` and let programs branch on ``code``.
+They retry 408, 409, 429 and every 5xx twice, so a fault of the request must never be answered with a 5xx.
+"""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gale.core.errors import GaleError, StoreError
+from gale.engine.request import ContextLengthError, EngineFailedError, EngineOverloadedError
+from gale.platform.conversations import CursorError, NotFoundError
+
+_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+
+
+class ApiError(Exception):
+    """An answer other than success. ``param`` is the path of the field at fault, such as ``messages[0].role``."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.type = type or ("invalid_request_error" if status < 500 else "server_error")
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error envelope. Lone surrogates, which JSON in UTF-8 cannot carry, become question marks."""
+        fields = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": {key: value and value.encode("utf-8", "replace").decode() for key, value in fields.items()}}
+
+    def response(self) -> JSONResponse:
+        """The answer as HTTP."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about ``error``; an unforeseen one says nothing of its insides."""
+    match error:
+        case ApiError():
+            return error
+        case ContextLengthError():
+            return ApiError(400, error.message, code="context_length_exceeded", param="messages")
+        case EngineOverloadedError():
+            return ApiError(503, error.message, code="engine_overloaded", headers={"Retry-After": "2"})
+        case EngineFailedError():
+            return ApiError(503, error.message, code="engine_failed", headers={"Retry-After": "2"})
+        case NotFoundError():
+            return ApiError(404, error.message, code="not_found")
+        case CursorError():
+            return ApiError(400, error.message, code="invalid_value", param="cursor")
+        case StoreError():
+            return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
+        case GaleError():
+            # What is left is this request's fault, such as a conversation that the model's template refuses.
+            return ApiError(400, error.message, code="invalid_request")
+        case HTTPException():
+            phrase = http.HTTPStatus(error.status_code).phrase
+            return ApiError(
+                error.status_code,
+                str(error.detail or phrase),
+                code=_CODES.get(error.status_code),
+                headers=error.headers,
+            )
+        case _:
+            return internal_error()
+
+
+def internal_error() -> ApiError:
+    """A bug of ours. Asking again would meet it again, so clients are told not to."""
+    return ApiError(
+        500, "Gale failed to answer; its log says why.", code="internal_error", headers={"x-should-retry": "false"}
+    )
+
+
+def invalid_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """pydantic's findings as one error about the first field at fault."""
+    first = errors[0]
+    param = _path(first["loc"]) + str(first.get("ctx", {}).get("path", ""))
+    match first["type"]:
+        case "missing":
+            return ApiError(
+                400, f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param
+            )
+        case kind:
+            code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+            reason = str(first["msg"]).removeprefix("Value error, ")
+            return ApiError(400, f"Invalid '{param}': {reason}.", code=code, param=param or None)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    path = ""
+    for step in location:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+    return path
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of ``app`` with the envelope; unforeseen ones are left to the edge."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    async def answer_parameters(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return invalid_fields([{**each, "loc": each["loc"][1:]} for each in error.errors()]).response()
+
+    async def answer_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code in (404, 405):
+            url = f"{request.method} {request.scope['path']}"
+            detail = "Unknown request URL" if error.status_code == 404 else "Method not allowed"
+            error = HTTPException(error.status_code, f"{detail}: {url}", headers=error.headers)
+        return as_api_error(error).response()
+
+    for kind in (ApiError, GaleError):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(RequestValidationError, answer_parameters)
+    app.add_exception_handler(HTTPException, answer_http)

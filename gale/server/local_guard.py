@@ -1,0 +1,86 @@
+"""Who may speak to a Gale without accounts.
+
+On a loopback address, as long as no account exists, any API key (or none) is accepted: whoever can run a program on
+this machine owns it anyway. But web pages run here too. Two things keep a page that the owner happens to visit from
+using their model and reading their conversations:
+
+* *DNS rebinding*: evil.example answers first with its own address and then with 127.0.0.1, so that the browser takes
+  our replies for evil.example's own. Such a request names evil.example in its ``Host`` header; only loopback names
+  are served.
+* *Cross-site requests*: a page may send requests to 127.0.0.1 even where it may not read the reply. A browser then
+  sends ``Origin`` or ``Sec-Fetch-Site``, which pages cannot forge; anything but our own origin is refused. Following
+  a link to the chat page is allowed, as it changes nothing and shows the other site nothing.
+
+Programs other than browsers send neither header and are served. Bodies must be declared as JSON (see ``json_body``),
+which an HTML form cannot do.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gale.server.errors import ApiError
+
+
+class LocalGuard:
+    """ASGI middleware that answers 403 to foreign hosts and foreign pages."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request or refuse it."""
+        if scope["type"] == "http" and (refusal := _refusal(scope)) is not None:
+            await refusal.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` (without port; IPv6 with or without brackets) can only mean this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _refusal(scope: Scope) -> ApiError | None:
+    headers = Headers(scope=scope)
+    # More than one Host is not HTTP; the first and the last might name different sites.
+    hosts = headers.getlist("host")
+    if len(hosts) != 1 or not is_loopback(_host_name(hosts[0])):
+        return _forbidden("This Gale is for this machine only; open it as http://localhost or http://127.0.0.1.")
+    origin = headers.get("origin")
+    if origin is not None and origin.lower() != f"{scope['scheme']}://{hosts[0].lower()}":
+        return _forbidden("Web pages of other sites may not use this Gale.")
+    site = headers.get("sec-fetch-site", "none")
+    if site not in ("none", "same-origin") and not _follows_link(scope, headers):
+        return _forbidden("Web pages of other sites may not use this Gale.")
+    return None
+
+
+def _follows_link(scope: Scope, headers: Headers) -> bool:
+    return (
+        scope["method"] == "GET"
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
+    )
+
+
+def _host_name(host: str) -> str:
+    try:
+        parts = urlsplit(f"//{host}")
+        # A user name or path would make the text mean another host to another reader.
+        return (parts.hostname or "") if parts.netloc == host and "@" not in host else ""
+    except ValueError:
+        return ""
+
+
+def _forbidden(message: str) -> ApiError:
+    return ApiError(403, message, code="forbidden_origin", type="permission_error")

@@ -1,0 +1,118 @@
+"""The body of ``POST /v1/chat/completions``, field by field.
+
+Types are strict (``"max_tokens": true`` is no number) and every optional field may be null.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+MOST_MESSAGES = 2048
+MOST_STOPS = 4
+MOST_STOP_CHARACTERS = 256
+_INT64 = 2**63
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+def _text_of(content: Any) -> Any:
+    """A list of text parts as one string; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise _problem(f"[{index}].type", "only parts of type 'text' are supported by this model")
+        if not isinstance(part.get("text"), str):
+            raise _problem(f"[{index}].text", "a text part needs its text as a string")
+        texts.append(part["text"])
+    if not texts:
+        raise _problem("", "an array of content parts must not be empty")
+    return "".join(texts)
+
+
+def _problem(path: str, message: str) -> PydanticCustomError:
+    # The message is passed as a value, since braces in a template would be taken for placeholders.
+    return PydanticCustomError("content_part", "{message}", {"path": path, "message": message})
+
+
+def _stop_list(stop: Any) -> Any:
+    return [] if stop is None else [stop] if isinstance(stop, str) else stop
+
+
+def _positive_zero(value: float | None) -> float | None:
+    if value is not None and math.copysign(1, value) < 0:
+        raise ValueError("must not be negative")
+    return value
+
+
+Content = Annotated[str, BeforeValidator(_text_of)]
+StopString = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(_positive_zero)]
+TokenCount = Annotated[int, Field(ge=1, lt=_INT64)]
+
+
+class FunctionCall(_Body):
+    """What a past answer called."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    """A call in a past answer."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ChatMessage(_Body):
+    """One message. An assistant's content may be null if it called tools; a tool's names the call it answers."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class StreamOptions(_Body):
+    """Whether a last chunk brings the token counts."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(BaseModel):
+    """The request, checked field by field; what concerns several fields or the model follows in openai_request."""
+
+    # Unknown fields are kept for openai_request to look through.
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    stop: Annotated[list[StopString], BeforeValidator(_stop_list), Field(max_length=MOST_STOPS)] = []
+    # Accepted and without effect here: they concern the vendor's accounts, or tools, of which there are none.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream's last chunk is to carry the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)

@@ -1,0 +1,58 @@
+"""Real servers on free loopback ports, with the scripted engine and a real store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import structlog
+
+from gale.platform.store import Store
+from gale.server.body_limit import BodyLimit
+from gale.server.edge import EdgeLimits
+from gale.server.sse import StreamLimits
+from tests.server.live import Live, start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_logs() -> None:
+    """No lines from the servers' threads between the tests' own; structlog's capture_logs still sees them."""
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[])
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    opened = Store.open(f"sqlite:///{tmp_path_factory.mktemp('store') / 'gale.db'}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def live(store: Store) -> Iterator[Live]:
+    """The server with its ordinary limits."""
+    server = start(store)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def strict(store: Store) -> Iterator[Live]:
+    """A server whose patience and sizes are small, so that tests need not wait or send much."""
+    edge = EdgeLimits(requests=4, body=BodyLimit(size=64 * 1024, patience_s=0.3, linger_s=1.0))
+    server = start(store, edge_limits=edge, stream_limits=StreamLimits(keep_alive_s=0.1, send_timeout_s=0.5))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def launch(store: Store) -> Iterator[Callable[..., Live]]:
+    """Start further servers with the arguments of ``start``; they end with the test."""
+    started: list[Live] = []
+
+    def launch_one(**arguments: object) -> Live:
+        started.append(start(**{"store": store, **arguments}))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield launch_one
+    for server in started:
+        server.stop()

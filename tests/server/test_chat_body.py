@@ -1,0 +1,212 @@
+"""What is not a proper request is refused with OpenAI's error body, names its field, and never breaks the server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.server.live import Live
+
+URL = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def post(live: Live, body: bytes | str) -> tuple[int, dict[str, Any]]:
+    content = body if isinstance(body, bytes) else body.encode()
+    response = live.http.post(URL, content=content, headers=JSON)
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return response.status_code, error
+
+
+def with_fields(**fields: Any) -> str:
+    return json.dumps({"model": "scripted/one", "messages": HELLO, **fields})
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "empty"),
+        (b"{", "line 1"),
+        (b"[]", "object"),
+        (b'"text"', "object"),
+        (b"null", "object"),
+        (b"[" * 100_000, "deep"),
+        (b'{"a":' * 100_000, "deep"),
+        (b'{"model": "\xff"}', "UTF-8"),
+        (b"\xef\xbb\xbf{}", "JSON"),
+        (b'{"seed": 1' + b"0" * 5000 + b"}", "digits"),
+        (b'{"model": "a", "model": "b"}', "twice"),
+        (b'{"model": "\\ud800", "messages": []}', "surrogate"),
+        (b'{"x": [[{"\\udfff": 1}]]}', "surrogate"),
+        (b'{"model": "a\\u0000"}', "NUL"),
+        (b'{"model": "a\x00"}', "JSON"),
+        (with_fields(other=float("nan")).encode(), "NaN"),
+    ],
+)
+def test_bodies_that_are_not_a_request(live: Live, body: bytes, words: str) -> None:
+    status, error = post(live, body)
+    assert status == 400
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": -0.0}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 1e9}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 101}, "max_tokens"),
+        ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
+        ({"max_completion_tokens": 2**70}, "max_completion_tokens"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.0}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 10_000}, "stop"),
+        ({"stop": ""}, "stop[0]"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": "a" * 1_000_000}, "stop[0]"),
+        ({"stop": 3}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"model": None}, "model"),
+        ({"model": 7}, "model"),
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": HELLO * 10_000}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [*HELLO, {"role": "wizard", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "{x}"}, {"type": "image_url"}]}]},
+            "messages[0].content[1].type",
+        ),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "messages[0].tool_calls[0].id"),
+    ],
+)
+def test_fields_out_of_range(live: Live, fields: dict[str, Any], param: str) -> None:
+    status, error = post(live, with_fields(**fields))
+    assert (status, error["param"]) == (400, param)
+    assert error["code"] in ("invalid_value", "invalid_type", "missing_required_parameter")
+
+
+def test_missing_fields(live: Live) -> None:
+    assert post(live, "{}")[1]["param"] == "model"
+    status, error = post(live, json.dumps({"model": "scripted/one"}))
+    assert (status, error["code"], error["param"]) == (400, "missing_required_parameter", "messages")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("n", 10**9),
+        ("n", True),
+        ("n", "2"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("logit_bias", {"50256": -100}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("functions", [{"name": "f"}]),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "x"}),
+        ("chat_template", "{{ messages }}"),
+        ("chat_template_kwargs", {"a": 1}),
+    ],
+)
+def test_what_gale_lacks_is_refused_by_name(live: Live, name: str, value: Any) -> None:
+    status, error = post(live, with_fields(**{name: value}))
+    assert (status, error["code"], error["param"]) == (400, "unsupported_parameter", name)
+
+
+OPTIONAL = [
+    "stream stream_options max_tokens max_completion_tokens temperature top_p seed stop user metadata store",
+    "parallel_tool_calls n tools tool_choice response_format logprobs top_logprobs logit_bias presence_penalty",
+    "frequency_penalty functions function_call modalities audio service_tier reasoning_effort prediction",
+]
+
+
+def test_null_and_unknown_fields_are_accepted(live: Live) -> None:
+    nulls = dict.fromkeys(" ".join(OPTIONAL).split())
+    extra = {"stop": [], "my_own": {"deep": [1]}, "service_tier": "auto", "tools": [], "n": 1}
+    for fields in (nulls, extra):
+        response = live.http.post(URL, content=with_fields(**fields), headers=JSON)
+        assert response.status_code == 200, response.text
+
+
+def test_only_json_is_taken(live: Live) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1", ""):
+        response = live.http.post(URL, content=with_fields(), headers={"content-type": kind})
+        assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
+    response = live.http.post(URL, content=with_fields(), headers={"content-type": 'Application/JSON; charset="UTF-8"'})
+    assert response.status_code == 200
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+roles = st.sampled_from(["system", "developer", "user", "assistant", "tool", "function"]) | anything
+parts = st.fixed_dictionaries({}, optional={"type": st.just("text") | anything, "text": anything}) | anything
+messages = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": roles,
+        "content": st.lists(parts, max_size=3) | st.text(max_size=20) | anything,
+        "tool_calls": anything,
+        "tool_call_id": anything,
+    },
+)
+KNOWN = dict.fromkeys(" ".join(OPTIONAL).split(), anything)
+bodies = st.fixed_dictionaries(
+    {"model": st.just("scripted/one") | anything, "messages": st.lists(messages | anything, max_size=3) | anything},
+    optional=KNOWN,
+)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(body=bodies)
+def test_no_body_at_all_breaks_the_server(live: Live, body: Any) -> None:
+    response = live.http.post(URL, content=json.dumps(body), headers=JSON)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(body=st.binary(max_size=200))
+def test_no_bytes_at_all_break_the_server(live: Live, body: bytes) -> None:
+    assert live.http.post(URL, content=body, headers=JSON).status_code == 400
