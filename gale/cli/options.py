@@ -14,7 +14,10 @@ from gale.core.settings import settings
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe; see recipes/.")]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Overrides as key=value, for example steps=500 optimiser.learning_rate=1e-3.")
+    list[str] | None,
+    typer.Argument(
+        help="Overrides as key=value, for example steps=500 optimiser.learning_rate=1e-3; paths as in the recipe."
+    ),
 ]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result.  [default: a new one under GALE_HOME/runs]")

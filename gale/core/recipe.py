@@ -56,7 +56,14 @@ def load_recipe(path: Path, kind: type[RecipeType], overrides: Sequence[str] = (
     try:
         recipe = kind.model_validate(content, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        problems += [_explain(dict(detail), kind) for detail in error.errors()]
+        details = error.errors()
+        # A list whose items are all wrong is also called too short, which would mislead.
+        beneath = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+        problems += [
+            _explain(dict(detail), kind)
+            for detail in details
+            if not (detail["type"] == "too_short" and detail["loc"] in beneath)
+        ]
     if problems:
         raise RecipeError(f"The recipe {path} cannot be used:", problems)
     return recipe

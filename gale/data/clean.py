@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Iterator
 
-from gale.data.sources import Document
+from gale.data.recipe import Source
+from gale.data.sources import Document, read_documents
 from gale.text.template import Message
 
-_UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060]")
+_UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
 _TRAILING_SPACE = re.compile(r"[ \t\u3000]+(?=\n|$)")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, Unix line ends, no control or zero-width characters, at most one blank line in a row."""
+    """Unicode NFC, Unix line ends, no control, zero-width or half characters, at most one blank line in a row."""
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
     text = _TRAILING_SPACE.sub("", _UNWANTED.sub("", text))
     return _BLANK_LINES.sub("\n\n", text).strip()
@@ -29,6 +32,19 @@ def normalise_document(document: Document) -> Document | None:
     messages = tuple(Message(role=m["role"], content=normalise(m["content"])) for m in document.messages)
     answered = any(message["role"] == "assistant" and message["content"] for message in messages)
     return Document(messages=messages) if answered else None
+
+
+def clean_documents(
+    source: Source, *, replace: dict[str, str], seed: int, counts: Counter[str] | None = None
+) -> Iterator[Document]:
+    """Normalised documents of one source, empty ones left out; ``counts`` gains how many were read and empty."""
+    counts = Counter() if counts is None else counts
+    for document in read_documents(source, replace=replace, seed=seed):
+        counts["read"] += 1
+        if cleaned := normalise_document(document):
+            yield cleaned
+        else:
+            counts["empty"] += 1
 
 
 class ExactDeduplicator:

@@ -12,11 +12,14 @@ from typing import Any
 from gale.core import files
 from gale.core.errors import DataError
 from gale.core.progress import Bar
-from gale.data.clean import ExactDeduplicator, fingerprint, normalise_document
-from gale.data.recipe import DataRecipe, Source
+from gale.core.recipe import load_recipe
+from gale.data.cache import is_recipe, made_once
+from gale.data.clean import ExactDeduplicator, clean_documents, fingerprint
+from gale.data.recipe import DataRecipe
 from gale.data.shards import MANIFEST, ShardWriter
 from gale.data.shards import fingerprint as shards_fingerprint
-from gale.data.sources import Document, read_documents
+from gale.data.sources import Document
+from gale.data.tokenizer_training import ready_tokenizer
 from gale.text.template import ChatTemplate
 from gale.text.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -24,8 +27,12 @@ _BATCH = 512
 
 
 def prepare(recipe: DataRecipe, out: Path) -> dict[str, Any]:
-    """Write the shards to ``out`` (which appears only when all is done) and return the manifest."""
-    tokenizer = Tokenizer.load(recipe.tokenizer)
+    """Write the shards to ``out`` (which appears only when all is done) and return the manifest.
+
+    Raises :class:`DataError` for sources that are missing, damaged or leave a split empty.
+    """
+    tokenizer_folder = ready_tokenizer(recipe.tokenizer)
+    tokenizer = Tokenizer.load(tokenizer_folder)
     encoder = DocumentEncoder(tokenizer)
     missing = [str(source.path) for source in recipe.sources if not source.path.is_file()]
     if missing:
@@ -36,7 +43,7 @@ def prepare(recipe: DataRecipe, out: Path) -> dict[str, Any]:
     writers: dict[str, ShardWriter] = {}
     text_bytes: Counter[str] = Counter()
     reports: list[dict[str, Any]] = []
-    with files.new_directory(out) as folder, Bar("Preparing", len(sources)) as bar:
+    with files.new_directory(out, marker=MANIFEST) as folder, Bar("Preparing", len(sources)) as bar:
         for source in sources:
             writer = writers.setdefault(
                 source.split,
@@ -44,8 +51,9 @@ def prepare(recipe: DataRecipe, out: Path) -> dict[str, Any]:
                     folder, source.split, vocabulary_size=tokenizer.vocabulary_size, shard_tokens=recipe.shard_tokens
                 ),
             )
-            counts: Counter[str] = Counter()
-            documents = _select(_clean(source, recipe, seen, counts), source.epochs, counts)
+            counts = Counter(dict.fromkeys(("read", "empty", "duplicates", "documents", "tokens", "trained_tokens"), 0))
+            cleaned = clean_documents(source, replace=recipe.replace, seed=recipe.seed, counts=counts)
+            documents = _select(_unique(cleaned, seen, counts), source.epochs, counts)
             for batch in _batched(documents):
                 for (ids, trained), document in zip(encoder.encode(batch), batch, strict=True):
                     writer.add(ids, trained)
@@ -64,12 +72,14 @@ def prepare(recipe: DataRecipe, out: Path) -> dict[str, Any]:
                 }
             )
             bar.advance(f"{source.path.name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-        for writer in writers.values():
+        for name, writer in writers.items():
             writer.close()
+            if not writer.tokens:
+                raise DataError(f"Nothing is left for the split {name!r}.", hint="Its sources are empty or duplicates.")
         manifest: dict[str, Any] = {
             "format": 1,
             "fingerprint": shards_fingerprint(folder),
-            "tokenizer_sha256": files.sha256(recipe.tokenizer / "tokenizer.json"),
+            "tokenizer_sha256": files.sha256(tokenizer_folder / "tokenizer.json"),
             "vocabulary_size": tokenizer.vocabulary_size,
             "splits": {
                 name: {
@@ -88,11 +98,13 @@ def prepare(recipe: DataRecipe, out: Path) -> dict[str, Any]:
     return manifest
 
 
-def clean_documents(source: Source, *, replace: dict[str, str], seed: int) -> Iterator[Document]:
-    """Normalised documents of one source, empty ones left out."""
-    for document in read_documents(source, replace=replace, seed=seed):
-        if cleaned := normalise_document(document):
-            yield cleaned
+def ready_data(path: Path) -> Path:
+    """The folder of prepared data that ``path`` is, or that the data recipe ``path`` makes."""
+    if not is_recipe(path):
+        return path
+    recipe = load_recipe(path, DataRecipe)
+    recipe = recipe.model_copy(update={"tokenizer": ready_tokenizer(recipe.tokenizer)})
+    return made_once(recipe, prepare, kind="data", marker=MANIFEST)
 
 
 class DocumentEncoder:
@@ -119,6 +131,11 @@ class DocumentEncoder:
                 yield ids, [True] * len(ids)
             else:
                 chat = self._template.encode(document.messages)
+                if not any(chat.trained):
+                    raise DataError(
+                        "The tokenizer's chat template does not mark what the assistant writes.",
+                        hint="Put {% generation %} and {% endgeneration %} round it.",
+                    )
                 yield chat.ids, chat.trained
 
 
@@ -130,16 +147,12 @@ def document_bytes(document: Document) -> int:
     )
 
 
-def _clean(source: Source, recipe: DataRecipe, seen: ExactDeduplicator, counts: Counter[str]) -> Iterator[Document]:
-    for document in read_documents(source, replace=recipe.replace, seed=recipe.seed):
-        counts["read"] += 1
-        cleaned = normalise_document(document)
-        if cleaned is None:
-            counts["empty"] += 1
-        elif not seen.is_new(cleaned):
-            counts["duplicates"] += 1
+def _unique(documents: Iterable[Document], seen: ExactDeduplicator, counts: Counter[str]) -> Iterator[Document]:
+    for document in documents:
+        if seen.is_new(document):
+            yield document
         else:
-            yield cleaned
+            counts["duplicates"] += 1
 
 
 def _select(documents: Iterable[Document], epochs: float, counts: Counter[str]) -> Iterator[Document]:

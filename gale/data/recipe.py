@@ -27,6 +27,13 @@ class QuestionTemplates(Recipe):
     context_characters: tuple[int, int] = Field(
         default=(100, 400), description="Passages are cut, at sentence ends, to a length drawn between these two."
     )
+    variants: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="Conversations drawn from each row, each with a kind and prompt of its own.",
+    )
+    spans_only: bool = Field(default=False, description="Leave out rows whose answer does not stand in the passage.")
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> QuestionTemplates:
@@ -35,6 +42,12 @@ class QuestionTemplates(Recipe):
         for prompt in self.prompts:
             if "{context}" not in prompt or "{question}" not in prompt:
                 raise ValueError(f"the prompt {prompt!r} must hold {{context}} and {{question}}")
+            try:
+                prompt.format(context="", question="")
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
+                raise ValueError(f"the prompt {prompt!r} must hold no other braces") from error
+        if self.context_characters[0] > self.context_characters[1]:
+            raise ValueError("context_characters must be a smaller and a larger number")
         return self
 
 
@@ -48,8 +61,12 @@ class Source(Recipe):
         default="text",
         description="text: {text}; chat: {messages}; parallel: {en, zh}; qa: {context, question, answers}.",
     )
-    split: str = Field(default="train", pattern=r"^[a-z][a-z0-9_]*$", description="train, or the name of a held-out split.")
-    epochs: float = Field(default=1.0, gt=0, le=100, description="0.5 takes half of the documents, 3 takes each thrice.")
+    split: str = Field(
+        default="train", pattern=r"^[a-z][a-z0-9_]*$", description="train, or the name of a held-out split."
+    )
+    epochs: float = Field(
+        default=1.0, gt=0, le=100, description="0.5 takes half of the documents, 3 takes each thrice."
+    )
     only: tuple[str, ...] = Field(default=(), description='Keep only rows whose "source" is one of these.')
     questions: QuestionTemplates | None = Field(default=None, description="Required for the format qa.")
 
@@ -63,7 +80,7 @@ class Source(Recipe):
 class DataRecipe(Recipe):
     """``gale data prepare``: sources to packed token shards."""
 
-    tokenizer: Path = Field(description="Folder with tokenizer.json.")
+    tokenizer: Path = Field(description="Folder with tokenizer.json, or a tokenizer recipe (.toml) to make one from.")
     seed: int = 0
     replace: dict[str, str] = Field(default={}, description="Placeholders in the data and what stands for them.")
     shard_tokens: int = Field(default=2**26, ge=1024, description="Most tokens in one shard file.")
@@ -76,5 +93,5 @@ class TokenizerRecipe(Recipe):
     vocabulary_size: int = Field(ge=300, le=1_000_000)
     max_bytes_per_source: int = Field(default=20_000_000, ge=1000, description="Read at most this much of each source.")
     seed: int = 0
-    replace: dict[str, str] = {}
+    replace: dict[str, str] = Field(default={}, description="As in data preparation.")
     sources: tuple[Source, ...] = Field(min_length=1)

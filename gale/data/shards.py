@@ -82,10 +82,18 @@ class TokenSplit:
         self.bytes: int = splits[name]["bytes"]
         try:
             self._shards = [
-                Shard(*(np.load(folder / f"{shard}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "bounds")))
+                Shard(
+                    *(
+                        np.load(folder / f"{shard}.{part}.npy", mmap_mode="r")
+                        for part in ("tokens", "trained", "bounds")
+                    )
+                )
                 for shard in splits[name]["shards"]
             ]
-        except (OSError, ValueError) as error:
+            for shard in self._shards:
+                if not shard.bounds[-1] == len(shard.tokens) == len(shard.trained):
+                    raise ValueError("arrays of different lengths")
+        except (OSError, ValueError, IndexError) as error:
             raise DataError(f"The prepared data in {folder} is damaged: {error}", hint="Prepare it again.") from error
         self._ends = list(accumulate(len(shard.bounds) - 1 for shard in self._shards))
 
@@ -94,7 +102,7 @@ class TokenSplit:
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Token count of every document."""
-        return np.concatenate([np.diff(shard.bounds) for shard in self._shards])
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(shard.bounds) for shard in self._shards)])
 
     def document(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Token ids and trained flags of one document."""
@@ -112,7 +120,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} holds no prepared data.", hint="Make it with `gale data prepare RECIPE --out DIR`.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if lacking := {"fingerprint", "vocabulary_size", "splits"} - manifest.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except (ValueError, AttributeError, OSError) as error:
         raise DataError(f"{path} is damaged: {error}", hint="Prepare the data again.") from error
     return manifest
 

@@ -9,21 +9,24 @@ from typing import Any
 
 from gale.core import files
 from gale.core.errors import DataError
-from gale.data.prepare import clean_documents
+from gale.core.recipe import load_recipe
+from gale.data.cache import is_recipe, made_once
+from gale.data.clean import clean_documents
 from gale.data.recipe import Source, TokenizerRecipe
 from gale.text.template import GALE_CHAT_TEMPLATE
 from gale.text.tokenizer import Tokenizer
 
 
 def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> dict[str, Any]:
-    """Train on the ``train`` sources, write the tokenizer to ``out``, and return bytes per token of the others."""
+    """Train on the ``train`` sources, write the tokenizer to ``out``, and return bytes per token of the others.
+
+    Raises :class:`DataError` for sources that are missing or damaged.
+    """
     if not any(source.split == "train" for source in recipe.sources):
         raise DataError("The recipe has no source with split = 'train'.")
     training = [source for source in recipe.sources if source.split == "train"]
     texts = (text for source in training for text in _texts(source, recipe))
-    tokenizer = Tokenizer.train(
-        texts, vocabulary_size=recipe.vocabulary_size, chat_template=GALE_CHAT_TEMPLATE
-    )
+    tokenizer = Tokenizer.train(texts, vocabulary_size=recipe.vocabulary_size, chat_template=GALE_CHAT_TEMPLATE)
     size, tokens = Counter[str](), Counter[str]()
     for source in recipe.sources:
         if source.split != "train":
@@ -32,12 +35,19 @@ def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> dict[str, Any]:
                 tokens[source.split] += len(tokenizer.encode(text))
     report = {
         "vocabulary_size": tokenizer.vocabulary_size,
-        "bytes_per_token": {split: round(size[split] / tokens[split], 3) for split in sorted(size)},
+        "bytes_per_token": {split: round(size[split] / max(1, tokens[split]), 3) for split in sorted(size)},
     }
-    with files.new_directory(out) as folder:
+    with files.new_directory(out, marker="tokenizer.json") as folder:
         tokenizer.save(folder)
         files.write_json(folder / "report.json", {**report, "recipe": recipe.model_dump(mode="json")})
     return report
+
+
+def ready_tokenizer(path: Path) -> Path:
+    """The tokenizer folder that ``path`` is, or that the tokenizer recipe ``path`` makes."""
+    if not is_recipe(path):
+        return path
+    return made_once(load_recipe(path, TokenizerRecipe), train_tokenizer, kind="tokenizer", marker="tokenizer.json")
 
 
 def _texts(source: Source, recipe: TokenizerRecipe) -> Iterator[str]:

@@ -46,7 +46,12 @@ def _loss(model: Decoder, pieces: list[list[int]]) -> float:
     inputs = torch.tensor([token for piece in pieces for token in piece[:-1]], device=device)
     targets = torch.tensor([token for piece in pieces for token in piece[1:]], device=device)
     positions = torch.cat([torch.arange(len(piece) - 1) for piece in pieces]).to(device)
-    attend = PackedAttention([len(piece) - 1 for piece in pieces], device)
+    attend = PackedAttention(
+        [len(piece) - 1 for piece in pieces],
+        device,
+        sliding_window=model.config.sliding_window,
+        sliding_from_layer=model.config.sliding_from_layer,
+    )
     logits = model.logits(model(inputs, positions, attend))
     return float(F.cross_entropy(logits.float(), targets, reduction="sum"))
 

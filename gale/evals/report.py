@@ -11,7 +11,7 @@ from typing import Any
 
 from gale.core.device import choose_compute
 from gale.core.errors import DataError
-from gale.data.prepare import clean_documents
+from gale.data.clean import clean_documents
 from gale.data.recipe import Source
 from gale.engine.local import LocalEngine
 from gale.evals.bits_per_byte import bits_per_byte

@@ -62,13 +62,15 @@ class ModelConfig:
         """Read ``config.json``. Raises :class:`ModelError` for what is missing, damaged or unsupported."""
         path = folder / "config.json"
         if not folder.exists():
-            raise ModelError(f"There is no model folder {folder}.", hint="Give --model a folder in Hugging Face layout.")
+            raise ModelError(
+                f"There is no model folder {folder}.", hint="Give --model a folder in Hugging Face layout."
+            )
         if not path.is_file():
             raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face layout.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from error
+            raise ModelError(f"{path} is not valid JSON: {error}", hint="Copy or download the folder again.") from error
         if not isinstance(content, dict):
             raise ModelError(f"{path} does not hold a JSON object.")
         return cls.from_hugging_face(content)
@@ -76,15 +78,7 @@ class ModelConfig:
     @classmethod
     def from_hugging_face(cls, content: dict[str, Any]) -> ModelConfig:
         """Translate the content of a ``config.json``. Raises :class:`ModelError`."""
-        architecture = next(iter(content.get("architectures") or []), None)
-        family = FAMILIES.get(str(architecture)) or (
-            content.get("model_type") if architecture is None and content.get("model_type") in FAMILIES.values() else None
-        )
-        if family is None:
-            name = architecture or content.get("model_type") or "unnamed"
-            raise ModelError(
-                f"Gale cannot open models of architecture {name}.", hint=f"Supported are: {', '.join(sorted(FAMILIES))}."
-            )
+        family = _read_family(content)
         if content.get("quantization_config"):
             raise ModelError("Gale cannot open pre-quantised checkpoints yet.", hint="Use the model's bf16 checkpoint.")
         if (activation := content.get("hidden_act", "silu")) not in ("silu", "swish"):
@@ -92,21 +86,18 @@ class ModelConfig:
         try:
             heads = int(content["num_attention_heads"])
             hidden = int(content["hidden_size"])
-            sliding = content.get("sliding_window")
-            if family in ("qwen2", "qwen3") and not content.get("use_sliding_window", False):
-                sliding = None
-            elif family == "llama":
-                sliding = None
-            bias = bool(content.get("attention_bias", False))
-            return cls(
+            layers = int(content["num_hidden_layers"])
+            window, window_from = _read_sliding_window(content, family, layers)
+            bias = family in ("llama", "qwen3") and bool(content.get("attention_bias", False))
+            config = cls(
                 family=family,
                 vocabulary_size=int(content["vocab_size"]),
                 hidden_size=hidden,
                 intermediate_size=int(content["intermediate_size"]),
-                layers=int(content["num_hidden_layers"]),
+                layers=layers,
                 heads=heads,
                 kv_heads=int(content.get("num_key_value_heads") or heads),
-                head_dim=int(content.get("head_dim") or hidden // heads),
+                head_dim=int(content.get("head_dim") or (128 if family == "qwen3" else hidden // heads)),
                 context_length=int(content.get("max_position_embeddings") or 2048),
                 rope_theta=float((content.get("rope_parameters") or content).get("rope_theta") or 10_000.0),
                 rope_scaling=_read_rope_scaling(content),
@@ -114,15 +105,29 @@ class ModelConfig:
                 tied_embeddings=bool(content.get("tie_word_embeddings", False)),
                 qk_norm=family == "qwen3",
                 qkv_bias=family == "qwen2" or bias,
-                output_bias=bias and family != "qwen2",
-                mlp_bias=bool(content.get("mlp_bias", False)),
-                sliding_window=int(sliding) if sliding else None,
-                sliding_from_layer=int(content.get("max_window_layers", 0)) if family != "mistral" else 0,
+                output_bias=bias,
+                mlp_bias=family == "llama" and bool(content.get("mlp_bias", False)),
+                sliding_window=window,
+                sliding_from_layer=window_from,
             )
         except KeyError as error:
             raise ModelError(f"config.json lacks {error.args[0]!r}.") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ModelError(f"config.json holds a value of the wrong kind: {error}") from error
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        for name in (
+            *("vocabulary_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim"),
+            *("context_length", "rope_theta"),
+        ):
+            if not getattr(self, name) > 0:
+                raise ModelError(f"config.json asks for a model with {name} {getattr(self, name)}.")
+        if self.heads % self.kv_heads:
+            raise ModelError(f"config.json asks for {self.heads} heads, which {self.kv_heads} key heads cannot share.")
+        if self.head_dim % 2:
+            raise ModelError(f"config.json asks for heads of {self.head_dim} dimensions; rotary positions need pairs.")
 
     def to_hugging_face(self, *, dtype: str) -> dict[str, Any]:
         """The content of a ``config.json`` that transformers (4 and 5), vLLM and llama.cpp open."""
@@ -164,10 +169,14 @@ class ModelConfig:
             "torch_dtype": dtype,
             "dtype": dtype,
         }
-        if self.sliding_window is not None:
-            content["sliding_window"] = self.sliding_window
-            if self.family != "mistral":
-                content |= {"use_sliding_window": True, "max_window_layers": self.sliding_from_layer}
+        if self.family == "mistral":
+            content["sliding_window"] = self.sliding_window  # where it is absent, transformers takes 4096
+        elif self.sliding_window is not None:
+            content |= {
+                "use_sliding_window": True,
+                "sliding_window": self.sliding_window,
+                "max_window_layers": self.sliding_from_layer,
+            }
         return content
 
     @property
@@ -187,13 +196,47 @@ class ModelConfig:
         return 6.0 * (self.body_parameters + head) + 6.0 * attention
 
 
+def _read_family(content: dict[str, Any]) -> str:
+    architectures = content.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    model_type = content.get("model_type")
+    if architecture is None and model_type in FAMILIES.values():
+        return str(model_type)
+    if family := FAMILIES.get(str(architecture)):
+        return family
+    raise ModelError(
+        f"Gale cannot open models of architecture {architecture or model_type or 'unnamed'}.",
+        hint=f"Supported are: {', '.join(sorted(FAMILIES))}.",
+    )
+
+
+def _read_sliding_window(content: dict[str, Any], family: str, layers: int) -> tuple[int | None, int]:
+    """The window, and the first layer that has it."""
+    if family == "mistral":
+        window = content.get("sliding_window", 4096)  # what transformers takes where the key is absent
+        return (int(window) if window else None), 0
+    if family == "llama" or not content.get("use_sliding_window") or not content.get("sliding_window"):
+        return None, 0
+    if kinds := content.get("layer_types"):
+        full = kinds.count("full_attention")
+        if kinds != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
+            raise ModelError("Gale cannot open models whose full and sliding attention layers alternate.")
+    else:
+        full = int(content.get("max_window_layers", 28))
+    return int(content["sliding_window"]), full
+
+
 def _read_rope_scaling(content: dict[str, Any]) -> RopeScaling | None:
     raw = content.get("rope_parameters") or content.get("rope_scaling")
     if not raw:
         return None
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("Gale cannot open models that rotate only a part of each head.")
     kind = raw.get("rope_type") or raw.get("type") or "default"
     if kind not in _ROPE_TYPES:
-        raise ModelError(f"Gale cannot open models with RoPE scaling {kind!r}.", hint=f"Supported: {', '.join(_ROPE_TYPES)}.")
+        raise ModelError(
+            f"Gale cannot open models with RoPE scaling {kind!r}.", hint=f"Supported: {', '.join(_ROPE_TYPES)}."
+        )
     if kind == "default":
         return None
     return RopeScaling(

@@ -67,7 +67,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
         q_NHD, k_NKD = rotate(q_NHD, cos_ND, sin_ND), rotate(k_NKD, cos_ND, sin_ND)
-        return self.o_proj(attend(self.layer, q_NHD, k_NKD, v_NKD).flatten(-2))
+        return self.o_proj(attend(self.layer, q_NHD, k_NKD, v_NKD).flatten(-2))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -80,7 +80,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))
+        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
     def forward(self, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor, attend: Attend) -> Tensor:
         x_NC = x_NC + self.self_attn(self.input_layernorm(x_NC), cos_ND, sin_ND, attend)
-        return x_NC + self.mlp(self.post_attention_layernorm(x_NC))
+        return x_NC + self.mlp(self.post_attention_layernorm(x_NC))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):

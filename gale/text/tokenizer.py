@@ -82,9 +82,7 @@ class Tokenizer:
         return cls(backend, settings)
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], *, vocabulary_size: int, chat_template: str, length: int | None = None
-    ) -> Tokenizer:
+    def train(cls, texts: Iterable[str], *, vocabulary_size: int, chat_template: str) -> Tokenizer:
         """Learn ``vocabulary_size`` byte-level BPE tokens (control tokens included) from ``texts``."""
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -101,7 +99,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer, length=length)
+        backend.train_from_iterator(texts, trainer)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": None,

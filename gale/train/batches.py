@@ -6,6 +6,7 @@ fixed number of tokens. Attention never crosses from one piece into another.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,6 +65,7 @@ class PackedRows:
         starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * row_tokens
         sizes = np.minimum(lengths[documents] - starts, row_tokens)
         self._pieces = np.stack([documents, starts, sizes], axis=1)
+        self._first_rows = [0]  # of the epochs met so far: where each begins in the endless sequence
 
     def batch(self, first_row: int, rows: int) -> Batch:
         """Rows ``first_row`` to ``first_row + rows`` of the endless sequence of epochs."""
@@ -93,11 +95,10 @@ class PackedRows:
         return len(self._packing(epoch))
 
     def _row(self, number: int) -> npt.NDArray[np.int64]:
-        epoch = 0
-        while number >= (rows := self.rows_of_epoch(epoch)):
-            number -= rows
-            epoch += 1
-        return self._packing(epoch)[number]
+        while number >= self._first_rows[-1]:
+            self._first_rows.append(self._first_rows[-1] + self.rows_of_epoch(len(self._first_rows) - 1))
+        epoch = bisect.bisect_right(self._first_rows, number) - 1
+        return self._packing(epoch)[number - self._first_rows[epoch]]
 
     @lru_cache(maxsize=2)  # noqa: B019 (one object lives as long as the run)
     def _packing(self, epoch: int) -> list[npt.NDArray[np.int64]]:
@@ -106,7 +107,9 @@ class PackedRows:
         return list(_pack(order, self._pieces[:, 2], self._row_tokens))
 
 
-def _pack(order: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], row_tokens: int) -> Iterator[npt.NDArray[np.int64]]:
+def _pack(
+    order: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], row_tokens: int
+) -> Iterator[npt.NDArray[np.int64]]:
     """Put each piece into the fullest of a few open rows that still has room; measured waste is under 2%."""
     rows: list[list[int]] = []
     room: list[int] = []

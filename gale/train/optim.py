@@ -56,18 +56,27 @@ class MasterWeightAdamW:
                 parameter.grad = None
 
     def step(self, rate: float, gradient_scale: float) -> float:
-        """Scale and clip the gradients, step, refresh the compute weights; returns the unclipped global norm."""
+        """Scale and clip the gradients, step, refresh the compute weights; returns the unclipped global norm.
+
+        A norm that is not finite is returned without stepping.
+        """
         gradients = [master.grad for master in self.masters if master.grad is not None]
         torch._foreach_mul_(gradients, gradient_scale)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self._recipe.gradient_clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self._recipe.gradient_clip))
+        if not math.isfinite(norm):
+            return norm
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+        self.refresh()
+        return norm
+
+    def refresh(self) -> None:
+        """Copy the masters into the compute weights."""
         with torch.no_grad():
             for parameter, master in zip(self._parameters, self.masters, strict=True):
                 parameter.copy_(master)
-        return float(norm)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as named tensors."""
@@ -81,9 +90,9 @@ class MasterWeightAdamW:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Put back what :meth:`state` gave."""
         with torch.no_grad():
-            for name, parameter, master in zip(self.names, self._parameters, self.masters, strict=True):
+            for name, master in zip(self.names, self.masters, strict=True):
                 master.copy_(tensors[f"master/{name}"])
-                parameter.copy_(master)
                 self._adam.state[master] = {
                     key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+        self.refresh()

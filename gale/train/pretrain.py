@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gale.data.prepare import ready_data
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.config import ModelConfig
 from gale.model.transformer import Decoder
@@ -17,7 +18,8 @@ from gale.train.recipe import PretrainRecipe
 
 def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Train a model of the recipe's shape from fresh weights; see :func:`gale.train.loop.run`."""
-    manifest = read_manifest(recipe.data)
+    data = ready_data(recipe.data)
+    manifest = read_manifest(data)
     shape = recipe.model
     config = ModelConfig(
         family="qwen3",
@@ -40,8 +42,9 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict
 
     def rows(split: str) -> PackedRows:
         return PackedRows(
-            TokenSplit(recipe.data, split), row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on="all", long="split"
+            TokenSplit(data, split), row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on="all", long="split"
         )
 
     held_out = {name: rows(name) for name in manifest["splits"] if name != "train"}
-    return run(Stage("pretrain", recipe, config, fresh, rows("train"), held_out), out, resume=resume)
+    stage = Stage("pretrain", recipe, data, config, fresh, rows("train"), held_out)
+    return run(stage, out, resume=resume)

@@ -34,7 +34,9 @@ class Optimiser(Recipe):
     """AdamW (Loshchilov & Hutter 2019) and its schedule."""
 
     learning_rate: float = Field(gt=0)
-    schedule: Literal["wsd", "cosine"] = Field(default="wsd", description="Warm-up-stable-decay, or cosine after warm-up.")
+    schedule: Literal["wsd", "cosine"] = Field(
+        default="wsd", description="Warm-up-stable-decay, or cosine after warm-up."
+    )
     warmup_steps: int = Field(default=100, ge=0)
     decay_share: float = Field(default=0.3, ge=0, le=1, description="wsd: share of the steps over which it falls.")
     final_share: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
@@ -48,7 +50,7 @@ class Optimiser(Recipe):
 class StageRecipe(Recipe):
     """What every stage has in common."""
 
-    data: Path = Field(description="Folder made by `gale data prepare`.")
+    data: Path = Field(description="Folder made by `gale data prepare`, or a data recipe (.toml) to make it from.")
     steps: int = Field(ge=1, description="Optimiser steps.")
     batch_rows: int = Field(ge=1, description="Rows of row_tokens tokens in one optimiser step.")
     micro_rows: int = Field(ge=1, description="Rows computed at once; the rest is accumulated.")
@@ -56,7 +58,9 @@ class StageRecipe(Recipe):
     optimiser: Optimiser
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool = Field(default=False, description="torch.compile: slower to start, faster to run; needs a C++ compiler.")
+    compile: bool = Field(
+        default=False, description="torch.compile: slower to start, faster to run; needs a C++ compiler."
+    )
     evaluate_every: int = Field(default=200, ge=1, description="Steps between losses on the held-out splits.")
     evaluate_rows: int = Field(default=16, ge=1, description="Rows of each held-out split that are read.")
     checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints.")
@@ -74,6 +78,14 @@ class PretrainRecipe(StageRecipe):
     """``gale train pretrain``: a new model from text."""
 
     model: Shape
+
+    @model_validator(mode="after")
+    def _rows_fit_context(self) -> PretrainRecipe:
+        if self.row_tokens > self.model.context_length:
+            raise ValueError(
+                f"row_tokens ({self.row_tokens}) exceeds model.context_length ({self.model.context_length})"
+            )
+        return self
 
 
 class SftRecipe(StageRecipe):

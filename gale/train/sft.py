@@ -9,6 +9,7 @@ import torch
 
 from gale.core import files
 from gale.core.errors import DataError
+from gale.data.prepare import ready_data
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.checkpoint import WEIGHTS, load_model
 from gale.model.config import ModelConfig
@@ -20,7 +21,8 @@ from gale.train.recipe import SftRecipe
 
 def sft(recipe: SftRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Fine-tune ``recipe.base``; see :func:`gale.train.loop.run`."""
-    manifest = read_manifest(recipe.data)
+    data = ready_data(recipe.data)
+    manifest = read_manifest(data)
     config = ModelConfig.load(recipe.base)
     if config.vocabulary_size < manifest["vocabulary_size"]:
         raise DataError(
@@ -29,15 +31,22 @@ def sft(recipe: SftRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]
             hint="Prepare the data with the model's own tokenizer.",
         )
 
+    if recipe.row_tokens > config.context_length:
+        raise DataError(f"row_tokens is {recipe.row_tokens}, but {recipe.base} reads {config.context_length} at most.")
+
     def base(dtype: torch.dtype) -> Decoder:
         return load_model(recipe.base, dtype=dtype)
 
     def rows(split: str) -> PackedRows:
         return PackedRows(
-            TokenSplit(recipe.data, split), row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on="trained", long="cut"
+            TokenSplit(data, split),
+            row_tokens=recipe.row_tokens,
+            seed=recipe.seed,
+            loss_on="trained",
+            long="cut",
         )
 
     held_out = {name: rows(name) for name in manifest["splits"] if name != "train"}
     facts = {"base_sha256": files.sha256(recipe.base / WEIGHTS)} if (recipe.base / WEIGHTS).is_file() else {}
-    stage = Stage("sft", recipe, config, base, rows("train"), held_out)
+    stage = Stage("sft", recipe, data, config, base, rows("train"), held_out)
     return run(stage, out, resume=resume, extra_facts=facts)

@@ -24,9 +24,15 @@ from gale.core.progress import console
 def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep: int) -> None:
     """Write the checkpoint of ``step`` and remove all but the ``keep`` newest."""
     folder = _folder(run, step)
+    files.remove_leftovers(folder)
     with files.new_directory(folder) as temporary:
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file({**content, "torch_rng": torch.get_rng_state()}, temporary / "state.safetensors")
+        try:
+            save_file({**content, "torch_rng": torch.get_rng_state()}, temporary / "state.safetensors")
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise CheckpointError(
+                f"The checkpoint {folder} cannot be written: {error}", hint="Free some space and go on with --resume."
+            ) from error
         weights_digest = files.sha256(temporary / "state.safetensors")
         files.write_json(temporary / "state.json", {"step": step, "sha256": weights_digest, **facts})
     for old in _folders(run)[:-keep]:
@@ -48,7 +54,12 @@ def load_checkpoint(run: Path, facts: dict[str, Any]) -> tuple[int, dict[str, Te
             tensors = load_file(folder / "state.safetensors")
             step = int(saved["step"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            console.print(f"[yellow]Checkpoint {folder.name} is damaged ({error}); trying the one before.", soft_wrap=True)
+            console.print(
+                f"Checkpoint {folder.name} is damaged ({error}); trying the one before.",
+                style="yellow",
+                markup=False,
+                soft_wrap=True,
+            )
             damaged = True
             continue
         if differences := _differences(saved, facts):
@@ -75,7 +86,9 @@ def _differences(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def _folder(run: Path, step: int) -> Path:

@@ -1,0 +1,134 @@
+"""``gale data`` and ``gale train`` from the command line: bad input ends in a message, never in a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gale.cli.main import main
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SOURCE = '[[sources]]\npath = "texts.jsonl"\nlicence = "CC0"\norigin = "us"\n'
+
+
+class Result:
+    """How a command ended and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Gale = Callable[..., Result]
+
+
+@pytest.fixture
+def gale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gale_home: Path) -> Gale:
+    """Run ``gale`` through its real entry point."""
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["gale", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with a small text and the recipes that read it."""
+    texts = [f"Sentence number {i} speaks of the sea. 第{i}句话说的是大海。" for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "tokenizer.toml").write_text("vocabulary_size = 310\n" + SOURCE)
+    (tmp_path / "data.toml").write_text('tokenizer = "tok"\n' + SOURCE)
+    (tmp_path / "train.toml").write_text(
+        'data = "prepared"\nsteps = 3\nbatch_rows = 2\nmicro_rows = 2\nrow_tokens = 32\n'
+        "[model]\nhidden_size = 16\nintermediate_size = 24\nlayers = 1\nheads = 2\nkv_heads = 1\nhead_dim = 8\n"
+        "context_length = 32\n[optimiser]\nlearning_rate = 0.01\n"
+    )
+    return tmp_path
+
+
+def test_from_text_to_a_model_one_command_after_another(gale: Gale, workplace: Path) -> None:
+    result = gale("train", "tokenizer", workplace / "tokenizer.toml", "--out", workplace / "tok")
+    assert result.code == 0
+    assert "310 tokens" in result.out
+    result = gale("data", "prepare", workplace / "data.toml", "--out", workplace / "prepared")
+    assert result.code == 0
+    assert "train: 60 documents" in result.out
+    result = gale("train", "pretrain", workplace / "train.toml", "--out", workplace / "run")
+    assert result.code == 0
+    assert "final loss" in result.out
+    assert (workplace / "run/model/model.safetensors").is_file()
+    result = gale("train", "pretrain", workplace / "train.toml", "--out", workplace / "run")
+    assert result.code == 1
+    assert "already holds a run" in result.err
+    assert gale("train", "pretrain", workplace / "train.toml", "--out", workplace / "run", "--resume").code == 0
+
+
+def test_a_dry_run_prints_the_whole_recipe_and_writes_nothing(gale: Gale, workplace: Path, gale_home: Path) -> None:
+    before = sorted(workplace.iterdir())
+    result = gale("train", "pretrain", workplace / "train.toml", "steps=7", "--dry-run")
+    assert result.code == 0
+    recipe = json.loads(result.out)
+    assert (recipe["steps"], recipe["optimiser"]["beta1"]) == (7, 0.9)
+    assert sorted(workplace.iterdir()) == before
+    assert not gale_home.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["train", "pretrain", "nowhere.toml"], 2, "There is no recipe"),
+        (["train", "pretrain", "train.toml", "stepz=3", "model.heads=x"], 2, "did you mean 'steps'"),
+        (["train", "pretrain", "train.toml"], 1, "holds no prepared data"),
+        (["train", "pretrain", "train.toml", "--resume"], 2, "give --out"),
+        (["train", "pretrain", "train.toml", "data=data.toml"], 1, "There is no"),
+        (["train", "sft", "train.toml"], 2, "base: required, but missing"),
+        (["train", "tokenizer", "tokenizer.toml", "vocabulary_size=3"], 2, "vocabulary_size"),
+        (["data", "prepare", "data.toml"], 1, "no tokenizer.json"),
+        (
+            ["data", "prepare", "data.toml", "tokenizer=tokenizer.toml", "--out", "texts.jsonl"],
+            1,
+            "stands in its place",
+        ),
+        (["data", "prepare", "data.toml", "tokenizer=tokenizer.toml", "--out", "."], 1, "not replaced"),
+        (["train", "fly"], 2, "fly"),
+    ],
+)
+def test_bad_input_ends_in_a_message(
+    gale: Gale, workplace: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, says: str
+) -> None:
+    monkeypatch.chdir(workplace)
+    before = sorted(workplace.glob("*"))
+    result = gale(*arguments)
+    assert result.code == code, result.err
+    assert says in result.err
+    assert [path for path in sorted(workplace.glob("*")) if path.name != "gale-home"] == before
+
+
+def test_square_brackets_in_a_message_survive(gale: Gale, tmp_path: Path) -> None:
+    assert "[/bold]recipe[red].toml" in gale("train", "pretrain", f"{tmp_path}/[/bold]recipe[red].toml").err
+
+
+@pytest.mark.parametrize(
+    ("verb", "recipe"),
+    [
+        ("train tokenizer", "builtin/tokenizer.toml"),
+        ("data prepare", "builtin/pretrain-data.toml"),
+        ("train pretrain", "builtin/pretrain.toml"),
+        ("data prepare", "builtin/sft-data.toml"),
+        ("train sft", "builtin/sft.toml"),
+        ("train pretrain", "smoke.toml"),
+        ("data prepare", "smoke/data.toml"),
+        ("train tokenizer", "smoke/tokenizer.toml"),
+    ],
+)
+def test_the_recipes_that_come_with_gale_are_valid(gale: Gale, verb: str, recipe: str) -> None:
+    assert gale(*verb.split(), RECIPES / recipe, "--dry-run").code == 0

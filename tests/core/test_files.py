@@ -1,0 +1,85 @@
+"""Files are wholly there or not there at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from pathlib import Path
+
+import pytest
+
+from gale.core import files
+from gale.core.errors import GaleError
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    files.write_json(path, {"name": "Gale 大风"})
+    files.write_json(path, {"b": 1})
+    assert json.loads(path.read_text()) == {"b": 1}
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.json"]
+
+
+def test_numbers_that_json_lacks_are_refused_and_the_old_file_stays(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", math.nan)
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a.txt", "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(GaleError, match=r"No space left while writing .*a\.txt") as caught:
+            files.write_bytes(tmp_path / "a.txt", b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Free some space" in str(caught.value.hint)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    with files.new_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    with pytest.raises(KeyError), files.new_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("2")
+        raise KeyError
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    with files.new_directory(tmp_path / "out") as folder:
+        (folder / "b").write_text("3")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_with_a_marker_only_our_own_folders_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "photo").write_text("")
+    with pytest.raises(GaleError, match="not replaced"), files.new_directory(tmp_path / "theirs", marker="m"):
+        pass
+    for _ in range(2):
+        with files.new_directory(tmp_path / "ours", marker="m") as folder:
+            (folder / "m").write_text("")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GaleError, match="stands in its place"), files.new_directory(tmp_path / "file", marker="m"):
+        pass
+
+
+def test_leftovers_of_one_name_only_are_removed(tmp_path: Path) -> None:
+    for name in (".a.123", ".a.456", ".ab.123", "a"):
+        (tmp_path / name).mkdir()
+    files.remove_leftovers(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ab.123", "a"]
+
+
+def test_a_file_where_a_folder_is_needed_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(GaleError, match="something else stands in its place"):
+        files.write_text(tmp_path / "a" / "b", "")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(GaleError, match="something else stands in its place"):
+        files.write_text(tmp_path / "d", "")

@@ -1,0 +1,100 @@
+"""A model folder that cannot be opened says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gale.core.errors import ModelError
+from gale.model.checkpoint import load_model, save_model
+from gale.model.transformer import Decoder
+
+
+@pytest.fixture
+def folder(model: Decoder, tmp_path: Path) -> Path:
+    save_model(model, tmp_path / "model", dtype=torch.float32)
+    return tmp_path / "model"
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    """A fault in config.json; None removes a key."""
+
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text()) | changes
+        content = {key: value for key, value in content.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """A fault in model.safetensors."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+def shorten(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+NORM = "model.norm.weight"
+FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no folder": (shutil.rmtree, ["There is no model folder"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
+    "config cut short": (lambda f: (f / "config.json").write_text('{"vocab'), ["config.json", "not valid JSON"]),
+    "config is no object": (lambda f: (f / "config.json").write_text("[]"), ["JSON object"]),
+    "config is no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ["not valid JSON"]),
+    "architecture": (
+        config(architectures=["GPT2LMHeadModel"]),
+        ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
+    ),
+    "no architecture": (config(architectures=None, model_type=None), ["unnamed"]),
+    "quantised": (config(quantization_config={"bits": 4}), ["pre-quantised"]),
+    "activation": (config(hidden_act="gelu"), ["gelu"]),
+    "rope scaling": (config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), ["yarn", "llama3"]),
+    "rope without factor": (config(rope_parameters={"rope_type": "linear"}), ["factor"]),
+    "rope is no table": (config(rope_parameters="linear"), ["wrong kind"]),
+    "alternating windows": (
+        config(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+        ["alternate"],
+    ),
+    "missing key": (config(hidden_size=None), ["hidden_size"]),
+    "wrong kind": (config(hidden_size="many"), ["wrong kind"]),
+    "no heads": (config(num_attention_heads=0), ["heads 0"]),
+    "heads do not divide": (config(num_key_value_heads=4), ["6 heads", "4 key heads"]),
+    "odd head size": (config(head_dim=7), ["7 dimensions"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["lacks its weights", "safetensors only"]),
+    "cut short": (shorten, ["model.safetensors", "cut short"]),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), ["damaged"]),
+    "weight missing": (weights(lambda t: t.pop(NORM)), ["lacks 1 weights", "norm.weight"]),
+    "weight too many": (weights(lambda t: t.update({"model.extra": torch.ones(1)})), ["no place for: extra"]),
+    "weight of wrong shape": (weights(lambda t: t.update({NORM: torch.ones(3)})), ["norm.weight", "[3]", "[48]"]),
+    "index without map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["no weight map"]),
+    "index names a lost shard": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "lost.safetensors"}}'),
+        ["lost.safetensors"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_fault_is_named(folder: Path, fault: str) -> None:
+    spoil, said = FAULTS[fault]
+    spoil(folder)
+    with pytest.raises(ModelError) as caught:
+        load_model(folder, dtype=torch.float32)
+    message = f"{caught.value.message} {caught.value.hint}"
+    assert all(part in message for part in said), message

@@ -1,0 +1,83 @@
+"""The optimiser: schedules at their corners, and master weights that lose no small step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gale.train.optim import MasterWeightAdamW, learning_rate
+from gale.train.recipe import Optimiser
+
+
+def settings(**fields: Any) -> Optimiser:
+    return Optimiser.model_validate({"learning_rate": 1.0, "warmup_steps": 10, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"decay_share": 0.4}, {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 60: 1.0, 80: 0.5, 99: 1 / 40}),
+        ({"decay_share": 0.4, "final_share": 0.2}, {60: 1.0, 80: 0.6, 100: 0.2}),
+        ({"decay_share": 0.0}, {10: 1.0, 99: 1.0}),
+        ({"schedule": "cosine"}, {0: 0.1, 9: 1.0, 10: 1.0, 55: 0.5, 100: 0.0}),
+        ({"schedule": "cosine", "final_share": 0.1}, {55: 0.55, 100: 0.1}),
+        ({"warmup_steps": 0}, {0: 1.0}),
+    ],
+)
+def test_the_schedule_passes_through_its_corners(fields: dict[str, Any], expected: dict[int, float]) -> None:
+    for step, rate in expected.items():
+        assert learning_rate(settings(**fields), step, 100) == pytest.approx(rate), step
+
+
+def test_in_fp32_it_is_torchs_own_adamw_with_clipping() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(6, 5), nn.Linear(6, 5)
+    theirs.load_state_dict(ours.state_dict())
+    optimiser = MasterWeightAdamW(ours, settings(weight_decay=0.1, gradient_clip=0.5))
+    reference = torch.optim.AdamW(
+        [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step in range(5):
+        x = torch.randn(8, 6)
+        for model in (ours, theirs):
+            model(x).square().sum().backward()
+        optimiser.collect()
+        norm = optimiser.step(0.01, gradient_scale=1 / 8)
+        for parameter in theirs.parameters():
+            parameter.grad /= 8
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for group in reference.param_groups:
+            group["lr"] = 0.01
+        reference.step()
+        reference.zero_grad()
+        assert norm == pytest.approx(float(expected)), step
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)
+
+
+def test_steps_too_small_for_bf16_add_up_in_the_masters() -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
+    optimiser = MasterWeightAdamW(model, settings(weight_decay=0.0))
+    for _ in range(100):
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        optimiser.collect()
+        optimiser.step(1e-4, 1.0)
+    assert model.weight.item() == pytest.approx(0.99, abs=0.003)
+    assert optimiser.masters[0].item() == pytest.approx(0.99, abs=1e-4)
+
+
+def test_a_gradient_that_is_no_number_leaves_the_weights_as_they_were() -> None:
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    optimiser = MasterWeightAdamW(model, settings())
+    (model(torch.ones(1, 2)).sum() * math.inf).backward()
+    optimiser.collect()
+    assert not math.isfinite(optimiser.step(0.1, 1.0))
+    assert torch.equal(model.weight, before)
