@@ -28,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {REPEATS} alternating repeats, medians\n")
     print(
-        "| tokens a document | torch, documents batched (ms) | torch, rows of 512 with a mask (ms) | Gale (ms) | ratio |"
+        "| document tokens | torch, documents batched (ms) | torch, rows of 512 with a mask (ms) | Gale (ms) | ratio |"
     )
     print("|---|---|---|---|---|")
     for length in (64, 128, 256, 512):

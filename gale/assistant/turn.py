@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Sequence
 from gale.engine.request import ContextLengthError, Engine, Event, SamplingParams
 from gale.text.template import Message
 
-# Livelier than greedy and without the tail that makes a small model ramble.
-CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.9)
+# Livelier than greedy, without the tail that makes a small model ramble, and with an end for one that loops.
+CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=2048)
 
 # The answer is promised a quarter of the context, but no more than this many tokens.
 MOST_RESERVED_TOKENS = 512
@@ -54,11 +54,17 @@ def fit(engine: Engine, path: Sequence[Message]) -> list[Message]:
     def prompt(dropped: int) -> list[Message]:
         return system + [message for turn in turns[dropped:] for message in turn]
 
+    def fits(dropped: int) -> bool:
+        try:
+            return engine.count_prompt_tokens(prompt(dropped)) <= budget
+        except ContextLengthError:  # so long that the engine does not even count it
+            return False
+
     # Bisection, because counting means encoding the whole text: a conversation of a thousand turns costs ten counts.
     low, high = 0, max(len(turns) - 1, 0)
     while low < high:
         middle = (low + high) // 2
-        if engine.count_prompt_tokens(prompt(middle)) <= budget:
+        if fits(middle):
             high = middle
         else:
             low = middle + 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import unicodedata
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
+from gale.cli.terminal import printable, read_message
 from gale.core.errors import GaleError
 from gale.core.progress import console
 
@@ -27,13 +29,12 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
 ) -> None:
     """Talk with a model. Enter sends, /new starts over, Ctrl-C stops an answer, Ctrl-D or /quit leaves."""
-    from gale.core.settings import settings
     from gale.engine.local import LocalEngine
     from gale.engine.request import SamplingParams
     from gale.registry.models import resolve_model
     from gale.text.template import Message
 
-    engine = LocalEngine.load(resolve_model(model), threads=settings().threads)
+    engine = LocalEngine.load(resolve_model(model))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opening = [Message(role="system", content=system)] if system else []
     with asyncio.Runner() as runner:
@@ -51,30 +52,44 @@ def _converse(runner: asyncio.Runner, engine: Engine, opening: list[Message], sa
 
     interactive = sys.stdin.isatty()
     if interactive:
-        console.print(f"[bold]{engine.model_id}[/] - /new starts over, /quit leaves")
+        console.print(f"[bold]{escape(engine.model_id)}[/] - /new starts over, /quit leaves")
     messages = list(opening)
     while True:
         try:
-            text = input("> " if interactive else "").strip()
+            text = read_message("> ").strip()
+            if text == "/quit":
+                return
+            if text == "/new":
+                messages = list(opening)
+                continue
+            if not text:
+                continue
+            question = Message(role="user", content=text)
+            answer = _stoppable(runner, _answer(engine, [*messages, question], sampling))
         except EOFError:
             return
-        except UnicodeDecodeError:
-            console.print("[red]That was not valid UTF-8; please try again.")
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            console.print("\n/quit or Ctrl-D leaves")
             continue
-        if text == "/quit":
-            return
-        if text == "/new":
-            messages = list(opening)
-            continue
-        if not text:
-            continue
-        question = Message(role="user", content=text)
-        try:
-            answer = runner.run(_answer(engine, [*messages, question], sampling))
-        except GaleError as error:
-            console.print(f"[red]{error.message}", markup=True)
+        except (GaleError, UnicodeDecodeError) as error:
+            problem = error if isinstance(error, GaleError) else GaleError("That was not valid UTF-8.")
+            if not interactive:  # a program is talking: it must learn that something went wrong
+                raise problem from error
+            console.print(f"[red]{escape(problem.message)}")
             continue
         messages += [question, Message(role="assistant", content=answer)]
+
+
+def _stoppable(runner: asyncio.Runner, work: Coroutine[None, None, str]) -> str:
+    """The answer; nothing if Ctrl-C came before it had begun."""
+    try:
+        return runner.run(work)
+    except KeyboardInterrupt:
+        work.close()
+        print()
+        return ""
 
 
 async def _answer(engine: Engine, messages: list[Message], sampling: SamplingParams) -> str:
@@ -87,7 +102,7 @@ async def _answer(engine: Engine, messages: list[Message], sampling: SamplingPar
         async for event in answer(engine, messages, sampling):
             if isinstance(event, TextDelta):
                 parts.append(event.text)
-                print(_printable(event.text), end="", flush=True)
+                print(printable(event.text), end="", flush=True)
     except asyncio.CancelledError:
         # asyncio.Runner turns Ctrl-C into a cancellation of this task.
         task = asyncio.current_task()
@@ -95,8 +110,3 @@ async def _answer(engine: Engine, messages: list[Message], sampling: SamplingPar
         task.uncancel()
     print()
     return "".join(parts)
-
-
-def _printable(text: str) -> str:
-    """Text without control characters, so that no model can write escape sequences to a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C" or c in "\u200d\ufe0f")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gale.cli.options import DryRunOption, OverridesArgument, read_recipe
+from gale.cli.options import DryRunOption, OverridesArgument, output_folder, read_recipe
+from gale.cli.terminal import printable
 
 
 def evaluate(
@@ -32,8 +33,9 @@ def evaluate(
 
     report = run(folder, settings)
     page = to_markdown(report)
-    typer.echo(page)
+    typer.echo(printable(page))
     if out is not None:
+        out = output_folder(out, "eval")
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.md", page)
         typer.echo(f"Written to {out}")

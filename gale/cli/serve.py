@@ -31,7 +31,7 @@ def serve(
         from gale.engine.local import LocalEngine
         from gale.registry.models import resolve_model
 
-        engine = LocalEngine.load(resolve_model(model), threads=settings().threads)
+        engine = LocalEngine.load(resolve_model(model))
         lifecycle = Lifecycle()
         app = create_app(engine, store, lifecycle=lifecycle)
 

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 from collections import deque
 
+import structlog
 import torch
 
-from gale.engine.kv_cache import CachedAttention
+from gale.engine.kv_cache import CachedAttention, SequenceCache
+from gale.engine.request import EngineFailedError
 from gale.engine.sequence import Sequence
 from gale.model.transformer import Decoder
 
+log = structlog.get_logger()
+
 
 class Batcher:
-    """Runs sequences through ``model``: at most ``max_running`` at once, ``prefill_chunk`` prompt tokens a step."""
+    """Runs sequences through ``model``: at most ``max_running`` at once, ``prefill_chunk`` prompt tokens a step.
 
-    def __init__(self, model: Decoder, *, max_running: int, prefill_chunk: int) -> None:
+    A sequence starts only when all it may come to hold fits into ``max_cached_tokens`` beside those running, so the
+    cache can never run out in the middle of an answer. One sequence always runs, however long.
+    """
+
+    def __init__(self, model: Decoder, *, max_running: int, max_cached_tokens: int, prefill_chunk: int) -> None:
         self._model = model
-        self._device = model.embed_tokens.weight.device
+        self._device, self._dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
         self._max_running = max_running
+        self._max_cached_tokens = max_cached_tokens
         self._prefill_chunk = prefill_chunk
         self._running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
@@ -39,7 +48,7 @@ class Batcher:
     def abandon(self, error: Exception) -> None:
         """Tell every sequence that it failed and forget them all."""
         for sequence in [*self._running, *self._waiting]:
-            sequence.emit(error)
+            sequence.fail(error)
         self._running.clear()
         self._waiting.clear()
 
@@ -47,34 +56,52 @@ class Batcher:
     def step(self) -> None:
         """Drop what was cancelled, admit what fits, read one batch of tokens and choose the next ones."""
         self._drop_cancelled()
-        while self._waiting and len(self._running) < self._max_running:
-            self._running.append(self._waiting.popleft())
+        self._admit()
         work = self._plan()
         if not work:
             return
         ids: list[int] = []
         positions: list[int] = []
+        caches: list[SequenceCache] = []
         for sequence, count in work:
-            sequence.cache.reserve(count)
+            cache = sequence.cache
+            assert cache is not None
+            cache.reserve(count)
+            caches.append(cache)
             ids += sequence.pending[:count]
-            positions += range(sequence.cache.length, sequence.cache.length + count)
-        attend = CachedAttention([s.cache for s, _ in work], [count for _, count in work], self._model.config)
+            positions += range(cache.length, cache.length + count)
+        attend = CachedAttention(caches, [count for _, count in work], self._model.config)
         hidden_NC = self._model(
             torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
         )
         sampled: list[tuple[Sequence, int]] = []
         row = -1
-        for sequence, count in work:
+        for (sequence, count), cache in zip(work, caches, strict=True):
             row += count
-            sequence.cache.advance(count)
+            cache.advance(count)
             sequence.pending = sequence.pending[count:]
             if not sequence.pending:  # all is read: the last token's scores are the next token's
                 sampled.append((sequence, row))
         if sampled:
             logits_SV = self._model.logits(hidden_NC[[row for _, row in sampled]]).float().cpu()
             for (sequence, _), logits_V in zip(sampled, logits_SV, strict=True):
-                sequence.accept(sequence.sampler.choose(logits_V))
+                try:
+                    sequence.accept(sequence.sampler.choose(logits_V))
+                except Exception as error:  # what is wrong with one answer must not end the others
+                    log.exception("answer_failed", error=str(error))
+                    sequence.fail(EngineFailedError("The engine failed while answering."))
         self._running = [sequence for sequence in self._running if not sequence.finished]
+
+    def _admit(self) -> None:
+        """Start what waits, in order, as far as there is room."""
+        held = sum(sequence.most_tokens for sequence in self._running)
+        while self._waiting and len(self._running) < self._max_running:
+            held += self._waiting[0].most_tokens
+            if self._running and held > self._max_cached_tokens:
+                return
+            sequence = self._waiting.popleft()
+            sequence.cache = SequenceCache(self._model.config, self._dtype, self._device)
+            self._running.append(sequence)
 
     def _plan(self) -> list[tuple[Sequence, int]]:
         """Sequences of this step with how many tokens each reads; prompts share one chunk, oldest first."""

@@ -9,14 +9,37 @@ Shape suffixes as in :mod:`gale.model.transformer`; T tokens of one sequence, Q 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gale.model.config import ModelConfig
+from gale.model.transformer import Decoder
 
 _FIRST_CAPACITY = 256
+
+
+def cached_tokens_that_fit(model: Decoder) -> int:
+    """Tokens whose keys and values fit into half of the memory that is free now; others need some too."""
+    weight, config = model.embed_tokens.weight, model.config
+    if weight.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(weight.device)
+    else:
+        free = _free_memory()
+    token_bytes = 2 * config.layers * config.kv_heads * config.head_dim * weight.element_size()
+    return int(free // 2 // token_bytes)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping, what the system only caches among them."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class SequenceCache:

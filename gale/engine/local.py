@@ -9,12 +9,11 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import structlog
-import torch
 
 from gale.core.device import choose_compute
 from gale.core.errors import ModelError
 from gale.engine.batcher import Batcher
-from gale.engine.kv_cache import SequenceCache
+from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.request import (
     ContextLengthError,
     EngineFailedError,
@@ -52,17 +51,16 @@ class LocalEngine:
         self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
         self._model_id = model_id
         self._end_tokens = end_tokens
-        self._unfinished = 0  # touched by the event loop only
+        self._unfinished = 0  # this and the next are touched by the event loop only
+        self._closing = False
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="gale-engine", daemon=True)
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 0) -> LocalEngine:
+    def load(cls, folder: Path) -> LocalEngine:
         """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
         compute = choose_compute()
-        if threads:
-            torch.set_num_threads(threads)
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocabulary_size > model.config.vocabulary_size:
@@ -103,7 +101,7 @@ class LocalEngine:
             raise ContextLengthError(len(prompt), self.context_length)
         if self._unfinished >= MAX_UNFINISHED:
             raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
-        if not self._thread.is_alive():
+        if self._closing:
             raise EngineFailedError("The engine has stopped.")
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -113,15 +111,8 @@ class LocalEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        model = self._model
         sequence = Sequence(
-            prompt,
-            sampling,
-            room=room,
-            end_tokens=self._end_tokens,
-            stream=self._tokenizer.stream(),
-            cache=SequenceCache(model.config, model.embed_tokens.weight.dtype, model.embed_tokens.weight.device),
-            emit=emit,
+            prompt, sampling, room=room, end_tokens=self._end_tokens, stream=self._tokenizer.stream(), emit=emit
         )
         self._unfinished += 1
         self._inbox.put(sequence)
@@ -142,20 +133,25 @@ class LocalEngine:
 
         Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
         """
-        size = sum(len(message["content"]) for message in messages)
-        least = size // self._tokenizer.longest_token_characters
+        least = _characters(messages) // self._tokenizer.longest_token_characters
         if least >= self.context_length:
-            raise ContextLengthError(least, self.context_length)
+            raise ContextLengthError(least, self.context_length, at_least=True)
         return self._template.prompt(messages)
 
     async def close(self) -> None:
         """Stop all requests and the thread."""
+        self._closing = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
 
     def _work(self) -> None:
         """The thread: take in requests, step while there is work, sleep while there is none."""
-        batcher = Batcher(self._model, max_running=MAX_RUNNING, prefill_chunk=PREFILL_CHUNK)
+        batcher = Batcher(
+            self._model,
+            max_running=MAX_RUNNING,
+            max_cached_tokens=cached_tokens_that_fit(self._model),
+            prefill_chunk=PREFILL_CHUNK,
+        )
         while True:
             try:
                 sequence = self._inbox.get(block=batcher.idle)
@@ -174,12 +170,21 @@ class LocalEngine:
                 batcher.abandon(EngineFailedError("The engine failed while answering; the request was not finished."))
 
 
+def _characters(value: object) -> int:
+    """Characters of all texts in a message, however deep."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end an answer: what ``generation_config.json``, ``config.json`` and the tokenizer name."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+        ids.update(token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
     if tokenizer.eos_token is not None and (token := tokenizer.token_id(tokenizer.eos_token)) is not None:
         ids.add(token)
     return frozenset(ids)

@@ -19,10 +19,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class ContextLengthError(GaleError):
     """The prompt does not leave room for one new token within the model's context."""
 
-    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+    def __init__(self, prompt_tokens: int, context_length: int, *, at_least: bool = False) -> None:
         super().__init__(
-            f"This model's maximum context length is {context_length} tokens. "
-            f"However, your messages resulted in {prompt_tokens} tokens. Please reduce the length of the messages."
+            f"This model's maximum context length is {context_length} tokens. However, your messages resulted in "
+            f"{'at least ' * at_least}{prompt_tokens} tokens. Please reduce the length of the messages."
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length

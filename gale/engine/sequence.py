@@ -22,11 +22,10 @@ class Sequence:
         room: int,
         end_tokens: Set[int],
         stream: TokenStream,
-        cache: SequenceCache,
         emit: Callable[[Event | Exception], None],
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet
-        self.cache = cache
+        self.cache: SequenceCache | None = None  # given when the sequence is admitted
         self.sampler = Sampler(params)
         self.emit = emit
         self.cancelled = False
@@ -34,6 +33,7 @@ class Sequence:
         self._prompt_tokens = len(prompt)
         self._generated = 0
         self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.most_tokens = len(prompt) + self._limit
         self._end_tokens = end_tokens
         self._stream = stream
         self._stops = StopScanner(params.stop)
@@ -58,6 +58,11 @@ class Sequence:
         """End the answer."""
         self.finished = True
         self.emit(Finished(reason, Usage(self._prompt_tokens, self._generated)))
+
+    def fail(self, error: Exception) -> None:
+        """End the answer with an error."""
+        self.finished = True
+        self.emit(error)
 
     def _show(self, text: str) -> None:
         if text:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
+from gale.core.errors import DataError
 from gale.core.progress import Bar
 from gale.model.attention import PackedAttention
 from gale.model.transformer import Decoder
@@ -22,7 +23,10 @@ _BATCH_TOKENS = 4096
 
 @torch.inference_mode()
 def bits_per_byte(model: Decoder, tokenizer: Tokenizer, texts: Iterable[str], *, window: int, title: str) -> float:
-    """Bits per UTF-8 byte of ``texts``, read in windows of at most ``window`` tokens that overlap by one."""
+    """Bits per UTF-8 byte of ``texts``, read in windows of at most ``window`` tokens that overlap by one.
+
+    Raises :class:`DataError` where there is no text.
+    """
     start = _start_token(tokenizer)
     window = min(window, model.config.context_length)
     pieces: list[list[int]] = []
@@ -32,12 +36,14 @@ def bits_per_byte(model: Decoder, tokenizer: Tokenizer, texts: Iterable[str], *,
         ids = [*start, *tokenizer.encode(text)]
         pieces += [ids[low : low + window + 1] for low in range(0, max(1, len(ids) - 1), window)]
     pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise DataError(f"There is no text to read in {title}.", hint="Check the evaluation recipe's sources.")
     nats = 0.0
     with Bar(f"Reading {title}", len(pieces)) as bar:
         for batch in _batches(pieces):
             nats += _loss(model, batch)
             bar.advance(steps=len(batch))
-    return nats / math.log(2) / max(1, size)
+    return nats / math.log(2) / size
 
 
 def _loss(model: Decoder, pieces: list[list[int]]) -> float:

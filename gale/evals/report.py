@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gale.core.device import choose_compute
-from gale.core.errors import DataError
+from gale.core.errors import DataError, GaleError
 from gale.data.clean import clean_documents
 from gale.data.recipe import Source
 from gale.engine.local import LocalEngine
+from gale.engine.request import Engine
 from gale.evals.bits_per_byte import bits_per_byte
 from gale.evals.reading import ask, read_and_answer, score
 from gale.evals.recipe import EvalRecipe
@@ -67,13 +68,20 @@ async def _answers(folder: Path, recipe: EvalRecipe) -> tuple[dict[str, Any], li
         answers = [
             {
                 "prompt": prompt,
-                "answer": await ask(engine, [Message(role="user", content=prompt)], recipe.max_answer_tokens),
+                "answer": await _ask_or_say_why_not(engine, prompt, recipe.max_answer_tokens),
             }
             for prompt in recipe.prompts
         ]
         return reading, answers
     finally:
         await engine.close()
+
+
+async def _ask_or_say_why_not(engine: Engine, prompt: str, max_tokens: int) -> str:
+    try:
+        return await ask(engine, [Message(role="user", content=prompt)], max_tokens)
+    except GaleError as error:  # one prompt that is too long must not cost the whole evaluation
+        return f"(not answered: {error.message})"
 
 
 def to_markdown(report: dict[str, Any]) -> str:

@@ -57,6 +57,15 @@ class Http1(H11Protocol):
         super().data_received(data)
         self._time_head()
 
+    def on_response_complete(self) -> None:
+        """End the connection where a second request came before the first was answered.
+
+        No client we know of does that (pipelining), and the heads of such requests would escape the check above.
+        """
+        if self.conn.trailing_data[0]:
+            self.transport.close()
+        super().on_response_complete()
+
     def pause_writing(self) -> None:
         """The client is not reading: cut it off if it does not begin to."""
         super().pause_writing()

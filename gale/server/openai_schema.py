@@ -13,12 +13,25 @@ from pydantic_core import PydanticCustomError
 
 MOST_MESSAGES = 2048
 MOST_STOPS = 4
+MOST_TOOL_CALLS = 128
+MOST_METADATA = 16
 MOST_STOP_CHARACTERS = 256
 _INT64 = 2**63
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
+
+
+def _at_most(count: int) -> BeforeValidator:
+    """Refuses longer lists and objects before looking into them: describing each wrong item would cost seconds."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise ValueError(f"must have at most {count} items")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _text_of(content: Any) -> Any:
@@ -80,7 +93,7 @@ class ChatMessage(_Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall] | None, _at_most(MOST_TOOL_CALLS)] = None
     tool_call_id: str | None = None
 
 
@@ -108,7 +121,7 @@ class ChatRequest(BaseModel):
     stop: Annotated[list[StopString], BeforeValidator(_stop_list), Field(max_length=MOST_STOPS)] = []
     # Accepted and without effect here: they concern the vendor's accounts, or tools, of which there are none.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, _at_most(MOST_METADATA)] = None
     store: bool | None = None
     parallel_tool_calls: bool | None = None
 

@@ -7,7 +7,7 @@ slowly delays nobody but itself, and a client that leaves ends the iterator wher
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +77,9 @@ class EventStream(Response):
         *,
         error_name: str | None = None,
         limits: StreamLimits | None = None,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
         # Proxies such as nginx would otherwise collect the answer and deliver it in one piece.
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})}
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events = events

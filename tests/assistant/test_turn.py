@@ -104,3 +104,17 @@ def test_events_pass_through_and_closing_closes_the_engine() -> None:
     engine = WordEngine()
     asyncio.run(half(engine))
     assert engine.closed
+
+
+def test_what_the_engine_does_not_even_count_is_forgotten_too() -> None:
+    class Strict(WordEngine):
+        def count_prompt_tokens(self, messages: list[Message]) -> int:
+            count = super().count_prompt_tokens(messages)
+            if count > 60:
+                raise ContextLengthError(count, self.context_length)
+            return count
+
+    path = [message(role, 12, str(turn)) for turn in range(30) for role in ("user", "assistant")]
+    chosen = fit(Strict(), [*path, message("user", 2, "last")])
+    assert chosen[-1]["content"] == "last last"
+    assert len(chosen) == 3

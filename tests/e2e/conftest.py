@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from gale.registry.models import BUILTIN
 from gale.server.app import STATIC
 
+SLOWLY = Path(__file__).with_name("serve_slowly.py")
 CHROMIUM = shutil.which("chromium")
 # Chromium looks up hosts of its own at every start; a test must not.
 QUIET = [
@@ -40,7 +41,7 @@ class Served:
     def start(self, port: int = 0) -> None:
         """Start the server and wait for the line with its address."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gale.cli", "serve", "--port", str(port)],
+            [sys.executable, SLOWLY, "serve", "--port", str(port)],
             env={**os.environ, "GALE_HOME": str(self._home), "GALE_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=(self._home / "serve.log").open("a"),

@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from gale.engine import local
+from gale.engine.batcher import Batcher
 from gale.engine.local import LocalEngine
 from gale.engine.request import (
     ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
+    Finished,
     SamplingParams,
     TextDelta,
 )
+from gale.engine.sampler import Sampler
+from gale.engine.sequence import Sequence
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import save_model
 from gale.model.transformer import Decoder
-from gale.text.template import ChatTemplate
+from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 from tests.engine.conftest import answer, user
 from tests.tiny_model import make_model
@@ -145,8 +149,13 @@ def test_megabytes_are_refused_without_being_encoded(
     make_engine: MakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: pytest.fail("encoded"))
-    with pytest.raises(ContextLengthError):
-        asyncio.run(answer(make_engine(), "a" * 8_000_000))
+    calls = [{"function": {"name": "f", "arguments": "a" * 8_000_000}}]
+    for message in (
+        Message(role="user", content="a" * 8_000_000),
+        Message(role="assistant", content="", tool_calls=calls),
+    ):
+        with pytest.raises(ContextLengthError, match="at least"):
+            make_engine().count_prompt_tokens([message])
 
 
 def test_closing_the_iterator_stops_the_generation_within_a_step(
@@ -203,6 +212,51 @@ def test_a_failed_step_fails_its_requests_and_not_the_engine(
             asyncio.run(answer(engine, SHORT))
     _, finished = asyncio.run(answer(engine, SHORT, max_tokens=3))
     assert finished.usage.completion_tokens == 3
+
+
+def test_one_broken_answer_does_not_end_the_others(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    choose = Sampler.choose
+
+    def broken(self: Sampler, logits_V: Tensor) -> int:
+        if self._params.seed == 13:
+            raise RuntimeError("bad luck")
+        return choose(self, logits_V)
+
+    monkeypatch.setattr(Sampler, "choose", broken)
+
+    async def run() -> list[Any]:
+        answers = (answer(engine, SHORT, seed=seed, max_tokens=8) for seed in (1, 13, 2))
+        return list(await asyncio.gather(*answers, return_exceptions=True))
+
+    first, second, third = asyncio.run(run())
+    assert isinstance(second, EngineFailedError)
+    assert first[1].usage.completion_tokens == third[1].usage.completion_tokens == 8
+
+
+def test_answers_wait_where_their_cache_would_not_fit(model: Decoder, tokenizer: Tokenizer) -> None:
+    """With room for twenty tokens, sequences of at most twelve run one at a time; one of thirty runs alone."""
+    batcher = Batcher(model, max_running=8, max_cached_tokens=20, prefill_chunk=64)
+    events: list[list[Any]] = [[], [], []]
+    for index, most in enumerate((8, 8, 26)):
+        params = SamplingParams(temperature=0, max_tokens=most)
+        batcher.add(
+            Sequence(
+                [20, 21, 22, 23],
+                params,
+                room=600,
+                end_tokens=frozenset(),
+                stream=tokenizer.stream(),
+                emit=events[index].append,
+            )
+        )
+    order = []
+    while not batcher.idle:
+        batcher.step()
+        order += [index for index, given in enumerate(events) if given and index not in order]
+        assert sum(bool(given) and not isinstance(given[-1], Finished) for given in events) <= 1
+    assert order == [0, 1, 2]
+    assert [given[-1].usage.completion_tokens for given in events] == [8, 8, 26]
 
 
 def test_a_full_queue_refuses_at_once(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -115,6 +116,17 @@ def test_fields_out_of_range(live: Live, fields: dict[str, Any], param: str) -> 
     status, error = post(live, with_fields(**fields))
     assert (status, error["param"]) == (400, param)
     assert error["code"] in ("invalid_value", "invalid_type", "missing_required_parameter")
+
+
+def test_long_lists_of_wrong_items_are_refused_without_looking_into_them(live: Live) -> None:
+    wrong = [{}] * 60_000
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": wrong}]
+    for fields in ({"messages": messages}, {"metadata": {str(number): 1 for number in range(60_000)}}):
+        began = time.process_time()
+        status, error = post(live, with_fields(**fields))
+        assert status == 400
+        assert "at most" in error["message"]
+        assert time.process_time() - began < 1  # CPU time; one error for each item took many times that
 
 
 def test_missing_fields(live: Live) -> None:

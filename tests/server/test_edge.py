@@ -30,6 +30,12 @@ def raw(live: Live, request: bytes, *, end: bool = False) -> tuple[int, bytes]:
     return int(answer.split(b" ", 2)[1]), answer
 
 
+def test_a_second_request_before_the_first_is_answered_ends_the_connection(live: Live) -> None:
+    first = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    _, answers = raw(live, first + b"GET /healthz HTTP/1.1\nHost: localhost\n\n")
+    assert answers.count(b"HTTP/1.1 ") == 1
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [

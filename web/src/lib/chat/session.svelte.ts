@@ -327,13 +327,12 @@ export class ChatSession {
       this.#listener.changed(detail);
     }
     const known = new Map(detail.messages.map((message) => [message.id, message]));
-    const stillRunning = detail.messages.some(({ status }) => status === 'streaming');
     const complete = this.messages.every((ours) => {
       const theirs = known.get(ours.id);
       return theirs !== undefined && theirs.content.length >= ours.content.length;
     });
     const hasMore = detail.messages.length > this.messages.length;
-    if (stillRunning || !complete || (!taken && !hasMore)) {
+    if (!complete || (!taken && !hasMore)) {
       this.#dropUnnamedAnswer();
       return;
     }
