@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from gale.core import files
 from gale.core.recipe import Recipe, load_recipe
 from gale.core.settings import settings
 
@@ -16,7 +17,8 @@ RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe; see recipes
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Overrides as key=value, for example steps=500 optimiser.learning_rate=1e-3; paths as in the recipe."
+        help="Overrides as key=value, for example steps=500 optimiser.learning_rate=1e-3; "
+        "a relative path counts from the folder you are in."
     ),
 ]
 OutOption = Annotated[
@@ -40,7 +42,7 @@ def read_recipe(path: Path, kind: type[RecipeType], overrides: list[str] | None,
 def output_folder(out: Path | None, name: str, *, resume: bool = False) -> Path:
     """``out``, or a new folder named after the verb and the time; resuming needs to be told which run."""
     if out is not None:
-        return out.expanduser().resolve()
+        return files.resolve(out)
     if resume:
         raise typer.BadParameter("give --out, the folder of the run to go on with", param_hint="--resume")
     return settings().runs / f"{name}-{datetime.now(tz=UTC):%Y%m%d-%H%M%S}"

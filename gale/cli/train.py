@@ -72,7 +72,10 @@ def sft(
 
 def _report(summary: dict[str, Any], folder: Path) -> None:
     final = summary["final"]
-    typer.echo(f"final loss {final['loss']!r} at {final['tokens']:,} tokens")
+    if final:
+        typer.echo(f"final loss {final['loss']!r} at {final['tokens']:,} tokens")
+    else:
+        typer.echo("The run was complete already, but its metrics.jsonl is gone, and its losses with it.")
     for name, loss in final.get("held_out", {}).items():
         typer.echo(f"{name}: {loss:.4f} nats per token")
     typer.echo(f"Model written to {folder / 'model'}; curves in {folder / 'curves.svg'}")

@@ -15,10 +15,11 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """A device, the dtype of its matrix products, and why."""
+    """A device, the dtype of its matrix products, and why; ``unit`` is the device's name."""
 
     device: torch.device
     dtype: torch.dtype
+    unit: str
     reason: str
 
 
@@ -38,9 +39,9 @@ def choose_compute(precision: Precision = "auto") -> Compute:
         torch.set_num_threads(settings().threads or torch.get_num_threads())
     if precision == "auto":
         dtype = torch.bfloat16 if has_bf16 else torch.float32
-        return Compute(device, dtype, f"{unit}: {_name(dtype)}")
+        return Compute(device, dtype, unit, f"{unit}: {_name(dtype)}")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return Compute(device, dtype, f"{unit}: {_name(dtype)}, as asked")
+    return Compute(device, dtype, unit, f"{unit}: {_name(dtype)}, as asked")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,17 +9,40 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gale.core.errors import GaleError
+
+_HOUR = 3600.0
+
+
+def expand(path: str | Path) -> Path:
+    """``path`` with a leading ``~`` or ``~name`` replaced by that person's home. Raises :class:`GaleError`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise GaleError(f"{path} cannot be followed: there is no such home folder.") from error
+
+
+def resolve(path: str | Path, folder: Path | None = None) -> Path:
+    """``path`` expanded, absolute and without links, counted from ``folder`` or else the working directory.
+
+    Raises :class:`GaleError` where that leads nowhere.
+    """
+    try:
+        return ((folder or Path()) / expand(path)).resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links
+        raise GaleError(f"{path} cannot be followed: {error}") from error
 
 
 @contextlib.contextmanager
@@ -94,7 +117,9 @@ def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if marker and path.exists() and not (path / marker).is_file() and any(path.iterdir()):
             raise GaleError(f"{path} holds something else and is not replaced.", hint="Choose another --out.")
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        remove_leftovers(path)
+        prefix = f".{path.name}.{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -103,7 +128,7 @@ def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
                         os.fsync(handle.fileno())
             temporary.chmod(0o777 & ~_umask())
             if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
                 path.replace(old)
                 temporary.replace(path)
                 shutil.rmtree(old)
@@ -116,18 +141,68 @@ def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what writes of ``path`` left beside it when the process was killed in the middle of one."""
+    """Remove what writes of ``path`` left beside it when the process was killed in the middle of one.
+
+    What a living process may still be writing stays: folders whose name holds its number, anything else for an hour.
+    """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        process, dash, _ = leftover.name.removeprefix(f".{path.name}.").partition("-")
+        if dash and process.isdecimal():
+            if _is_alive(int(process)):
+                continue
+        elif time.time() - leftover.lstat().st_mtime < _HOUR:
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path, *, busy: GaleError | None = None) -> Iterator[None]:
+    """Hold the lock file ``path``, which the system lets go when the process ends, however it ends.
+
+    Where another process holds it, raise ``busy``, or wait if there is none.
+    """
+    with explain_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with explain_disk_errors(path):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except OSError as error:
+                if busy and isinstance(error, BlockingIOError):
+                    raise busy from None
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # some network file systems
+                    raise
+        yield
+    finally:
+        os.close(handle)
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> str:
+    """Hexadecimal SHA-256 over the names and contents of files, in the order of their paths."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(f"{path.name} {sha256(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another person's
+        return True
+    return True
 
 
 def _umask() -> int:

@@ -10,13 +10,21 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from gale.core.errors import RecipeError
+from gale.core import files
+from gale.core.errors import GaleError, RecipeError
+
+
+class _FromShell(str):
+    """Text of an override, which was typed in a shell and so counts paths from the working directory."""
+
+    __slots__ = ()
 
 
 class Recipe(BaseModel):
     """Base of every recipe: unknown keys are refused, values are not silently converted, files are found.
 
-    A relative path in a recipe is relative to the recipe's own folder, so a recipe works from anywhere.
+    A relative path in a recipe is relative to the recipe's own folder, so a recipe works from anywhere; one in an
+    override is relative to the working directory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -26,11 +34,11 @@ class Recipe(BaseModel):
     def _resolve_paths(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
         if isinstance(value, str) and (annotation is Path or Path in get_args(annotation)):
-            folder = (info.context or {}).get("folder", Path())
+            folder = None if isinstance(value, _FromShell) else (info.context or {}).get("folder")
             try:
-                return (folder / Path(value).expanduser()).resolve()
-            except (OSError, RuntimeError) as error:  # ~nobody, or a circle of links
-                raise ValueError(f"not a path that can be followed: {error}") from error
+                return files.resolve(value, folder)
+            except GaleError as error:
+                raise ValueError(error.message) from error
         if isinstance(value, list) and str(annotation).startswith("tuple["):
             return tuple(value)  # TOML has arrays only; strict mode would refuse them for tuples
         return value
@@ -42,6 +50,7 @@ RecipeType = TypeVar("RecipeType", bound=Recipe)
 def load_recipe(path: Path, kind: type[RecipeType], overrides: Sequence[str] = ()) -> RecipeType:
     """Read ``path`` as a ``kind``, with ``key=value`` overrides (dotted keys, TOML values; bare words are strings).
 
+    Relative paths in overrides are resolved against the working directory.
     Raises :class:`RecipeError` naming every unknown key (with the nearest valid name) and every wrong value.
     """
     try:
@@ -83,8 +92,18 @@ def _apply(content: dict[str, Any], override: str) -> str | None:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
             return f"override {override!r}: {name} is not a table"
-    content[names[-1]] = value
+    content[names[-1]] = _typed(value)
     return None
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, str):
+        return _FromShell(value)
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    return value
 
 
 def _explain(detail: dict[str, Any], kind: type[BaseModel]) -> str:

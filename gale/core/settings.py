@@ -6,9 +6,10 @@ from functools import cache
 from pathlib import Path
 
 from platformdirs import user_data_path
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from gale.core import files
 from gale.core.errors import GaleError
 
 
@@ -24,6 +25,14 @@ class Settings(BaseSettings):
     threads: int = Field(default=0, ge=0, description="CPU threads for the model; 0 means one per available core.")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
+    @field_validator("home")
+    @classmethod
+    def _expand(cls, home: Path) -> Path:
+        try:
+            return files.expand(home)
+        except GaleError as error:
+            raise ValueError(error.message) from error
+
     @property
     def runs(self) -> Path:
         """Default parent of training runs (``--out`` overrides it)."""
@@ -32,7 +41,8 @@ class Settings(BaseSettings):
     @property
     def database_url(self) -> str:
         """Default SQLAlchemy URL of the store."""
-        return f"sqlite:///{self.home / 'gale.db'}"
+        path = str(self.home / "gale.db").replace("%", "%25").replace("?", "%3F")  # what a URL reads otherwise
+        return f"sqlite:///{path}"
 
 
 @cache

@@ -2,7 +2,8 @@
 
 A training recipe may name a data recipe in place of prepared data, and a data recipe a tokenizer recipe in place of a
 tokenizer; each is then made when first needed. The folder's name is a digest of the recipe, of every file it names and
-of Gale's version, so a change in any of them makes it anew.
+of Gale's version, so a change in any of them makes it anew. A change in Gale's code between two versions does not: who
+works on that removes the cache. Whoever asks second while an entry is being made waits for it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def made_once(recipe: RecipeType, make: Callable[[RecipeType, Path], Any], *, ki
     digest = hashlib.sha256(json.dumps([gale.__version__, _by_content(recipe.model_dump())]).encode()).hexdigest()
     folder = settings().home / "cache" / f"{kind}-{digest[:16]}"
     if not (folder / marker).is_file():
-        make(recipe, folder)
+        with files.locked(folder.with_suffix(".lock")):
+            if not (folder / marker).is_file():  # another process may have made it meanwhile
+                make(recipe, folder)
     return folder
 
 

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
+from gale.core.errors import DataError
 from gale.data.recipe import Source
 from gale.data.sources import Document, read_documents
 from gale.text.template import Message
@@ -45,6 +46,27 @@ def clean_documents(
             yield cleaned
         else:
             counts["empty"] += 1
+
+
+def sample_texts(source: Source, *, budget: int, replace: dict[str, str], seed: int) -> Iterator[list[str]]:
+    """The first ``budget`` bytes of text of a source, document by document; the last one is cut where they end.
+
+    Running text is one text, a conversation one a message. Raises :class:`DataError` for a source without any text.
+    """
+    left = budget
+    for document in clean_documents(source, replace=replace, seed=seed):
+        texts = []
+        for text in [document.text] if document.text is not None else [m["content"] for m in document.messages]:
+            content = text.encode()[:left]
+            left -= len(content)
+            if kept := content.decode(errors="ignore"):  # no character is cut in two
+                texts.append(kept)
+        if texts:
+            yield texts
+        if not left:
+            return
+    if left == budget:
+        raise DataError(f"{source.path} holds no text.", hint="Check the source's file, format and `only`.")
 
 
 class ExactDeduplicator:

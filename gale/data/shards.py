@@ -8,7 +8,6 @@ A split (``train``, or a held-out one) is a row of shards, each three arrays in 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +128,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over all arrays of a folder of shards, by name."""
-    total = hashlib.sha256()
-    for path in sorted(folder.glob("*.npy")):
-        total.update(f"{path.name} {files.sha256(path)}\n".encode())
-    return total.hexdigest()
+    return files.sha256_of_all(folder.glob("*.npy"))
+
+
+def verify(folder: Path) -> None:
+    """Raise :class:`DataError` unless all arrays are those that the manifest was written for."""
+    try:
+        found = fingerprint(folder)
+    except OSError as error:
+        raise DataError(f"The prepared data in {folder} cannot be read: {error}", hint="Prepare it again.") from error
+    if found != read_manifest(folder)["fingerprint"]:
+        raise DataError(
+            f"The prepared data in {folder} is damaged: its fingerprint is another than its manifest's.",
+            hint="Prepare it again.",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from gale.core import files
 from gale.core.errors import DataError
 from gale.core.recipe import load_recipe
 from gale.data.cache import is_recipe, made_once
-from gale.data.clean import clean_documents
+from gale.data.clean import sample_texts
 from gale.data.recipe import Source, TokenizerRecipe
 from gale.text.template import GALE_CHAT_TEMPLATE
 from gale.text.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from gale.text.tokenizer import Tokenizer
 def train_tokenizer(recipe: TokenizerRecipe, out: Path) -> dict[str, Any]:
     """Train on the ``train`` sources, write the tokenizer to ``out``, and return bytes per token of the others.
 
-    Raises :class:`DataError` for sources that are missing or damaged.
+    Raises :class:`DataError` for sources that are missing, damaged or without text.
     """
     if not any(source.split == "train" for source in recipe.sources):
         raise DataError("The recipe has no source with split = 'train'.")
@@ -51,10 +52,5 @@ def ready_tokenizer(path: Path) -> Path:
 
 
 def _texts(source: Source, recipe: TokenizerRecipe) -> Iterator[str]:
-    budget = recipe.max_bytes_per_source
-    for document in clean_documents(source, replace=recipe.replace, seed=recipe.seed):
-        for text in [document.text] if document.text is not None else [m["content"] for m in document.messages]:
-            budget -= len(text.encode("utf-8", "surrogatepass"))
-            if budget < 0:
-                return
-            yield text
+    documents = sample_texts(source, budget=recipe.max_bytes_per_source, replace=recipe.replace, seed=recipe.seed)
+    return chain.from_iterable(documents)

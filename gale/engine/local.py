@@ -12,6 +12,7 @@ import structlog
 
 from gale.core.device import choose_compute
 from gale.core.errors import ModelError
+from gale.core.model_folder import read_json
 from gale.engine.batcher import Batcher
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.request import (
@@ -23,7 +24,7 @@ from gale.engine.request import (
     SamplingParams,
 )
 from gale.engine.sequence import Sequence
-from gale.model.checkpoint import load_model, read_json
+from gale.model.checkpoint import load_model
 from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from gale.core.device import choose_compute
 from gale.core.errors import DataError, GaleError
-from gale.data.clean import clean_documents
+from gale.data.clean import sample_texts
 from gale.data.recipe import Source
 from gale.engine.local import LocalEngine
 from gale.engine.request import Engine
@@ -103,10 +103,5 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def _texts(source: Source, recipe: EvalRecipe) -> Iterator[str]:
-    budget = recipe.max_bytes_per_source
-    for document in clean_documents(source, replace={}, seed=recipe.seed):
-        text = document.text if document.text is not None else "\n".join(m["content"] for m in document.messages)
-        budget -= len(text.encode())
-        if budget < 0:
-            return
-        yield text
+    for parts in sample_texts(source, budget=recipe.max_bytes_per_source, replace={}, seed=recipe.seed):
+        yield "\n".join(parts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gale.core import files
 from gale.core.errors import ModelError
+from gale.core.model_folder import read_json
 from gale.model.config import ModelConfig
 from gale.model.transformer import Decoder
 
@@ -25,34 +27,23 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | None = None) -> Decoder:
     """The decoder of a model folder, in evaluation mode. Raises :class:`ModelError`.
 
-    Weights are converted one tensor at a time, so no more than one is ever held twice.
+    Nothing is built before names and shapes of the stored weights have been compared with the configuration, which
+    may ask for anything. Weights are converted one tensor at a time, so no more than one is ever held twice.
     """
     config = ModelConfig.load(folder)
+    paths = weight_files(folder)
+    _check_shapes(folder, config, _stored_shapes(paths, config))
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model.to_empty(device=device or torch.device("cpu"))
     # Built on the meta device, the tie and the rotary table were left without content.
     model.retie()
     wanted = dict(model.named_parameters())
-    found: set[str] = set()
-    for name, tensor in _tensors(folder):
-        name = name.removeprefix("model.")
-        if name == "lm_head.weight" and config.tied_embeddings:
-            continue  # some folders store the tied head a second time
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # old Llama folders store the rotary table, which follows from the configuration
-        if name not in wanted:
-            raise ModelError(f"{folder} holds a weight that its config.json has no place for: {name}.")
-        if wanted[name].shape != tensor.shape:
-            raise ModelError(
-                f"{folder}: weight {name} has shape {list(tensor.shape)}, "
-                f"but config.json asks for {list(wanted[name].shape)}."
-            )
-        with torch.no_grad():
-            wanted[name].copy_(tensor)
-        found.add(name)
-    if missing := sorted(wanted.keys() - found):
-        raise ModelError(f"{folder} lacks {len(missing)} weights, the first being {missing[0]}.")
+    for path in paths:
+        with _opened(path) as weights:
+            for name, stored in _names(weights, config):
+                with torch.no_grad():
+                    wanted[name].copy_(weights.get_tensor(stored))
     return model.eval()
 
 
@@ -66,32 +57,8 @@ def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloa
     files.write_json(folder / "config.json", model.config.to_hugging_face(dtype=_NAMES[dtype]))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that may be absent (then empty). Raises :class:`ModelError`."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object.")
-    return content
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 (the library's handle is no dictionary)
-                    yield name, weights.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} is damaged or cut short: {error}", hint="Copy or download the file again."
-            ) from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder, one or several. Raises :class:`ModelError`."""
     if (folder / _INDEX).is_file():
         names = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -103,3 +70,57 @@ def _weight_files(folder: Path) -> list[Path]:
         hint = "Gale reads safetensors only; convert .bin or .pt weights with transformers first."
         raise ModelError(f"{folder} lacks its weights: {', '.join(missing)}.", hint=hint)
     return paths
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or cut short: {error}", hint="Copy or download the file again.") from error
+
+
+def _names(weights: Any, config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Our name and the stored name of each weight of a file that is ours to read."""
+    for stored in weights.keys():  # noqa: SIM118 (the library's handle is no dictionary)
+        name = stored.removeprefix("model.")
+        if name == "lm_head.weight" and config.tied_embeddings:
+            continue  # some folders store the tied head a second time
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # old Llama folders store the rotary table, which follows from the configuration
+        yield name, stored
+
+
+def _stored_shapes(paths: list[Path], config: ModelConfig) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for path in paths:
+        with _opened(path) as weights:
+            for name, stored in _names(weights, config):
+                shape = list(weights.get_slice(stored).get_shape())
+                if shapes.setdefault(name, shape) != shape:
+                    raise ModelError(f"{path} holds another weight {name} than the one before it.")
+    return shapes
+
+
+def _check_shapes(folder: Path, config: ModelConfig, stored: dict[str, list[int]]) -> None:
+    layers = len({name.split(".")[1] for name in stored if name.startswith("layers.")})
+    if config.layers > layers:
+        raise ModelError(f"{folder} holds {layers} layers, but config.json asks for {config.layers}.")
+    try:
+        with torch.device("meta"):
+            one_layer = Decoder(replace(config, layers=1))
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(f"{folder}: config.json asks for sizes that no computer holds.") from error
+    wanted = {
+        name.replace("layers.0.", f"layers.{layer}."): list(parameter.shape)
+        for name, parameter in one_layer.named_parameters()
+        for layer in range(config.layers if name.startswith("layers.") else 1)
+    }
+    for name, shape in stored.items():
+        if name not in wanted:
+            raise ModelError(f"{folder} holds a weight that its config.json has no place for: {name}.")
+        if shape != wanted[name]:
+            raise ModelError(f"{folder}: weight {name} has shape {shape}, but config.json asks for {wanted[name]}.")
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise ModelError(f"{folder} lacks {len(missing)} weights, the first being {missing[0]}.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gale.core.errors import ModelError
+from gale.core.model_folder import read_json
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -67,13 +67,7 @@ class ModelConfig:
             )
         if not path.is_file():
             raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face layout.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise ModelError(f"{path} is not valid JSON: {error}", hint="Copy or download the folder again.") from error
-        if not isinstance(content, dict):
-            raise ModelError(f"{path} does not hold a JSON object.")
-        return cls.from_hugging_face(content)
+        return cls.from_hugging_face(read_json(path))
 
     @classmethod
     def from_hugging_face(cls, content: dict[str, Any]) -> ModelConfig:
@@ -219,7 +213,7 @@ def _read_sliding_window(content: dict[str, Any], family: str, layers: int) -> t
         return None, 0
     if kinds := content.get("layer_types"):
         full = kinds.count("full_attention")
-        if kinds != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
+        if len(kinds) != layers or kinds != (["full_attention"] * full + ["sliding_attention"] * (len(kinds) - full)):
             raise ModelError("Gale cannot open models whose full and sliding attention layers alternate.")
     else:
         full = int(content.get("max_window_layers", 28))

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
+from gale.core import files
 from gale.core.errors import StoreError
 from gale.platform.migrate import check_ours, migrate
 
@@ -129,7 +130,7 @@ def _path_from(url: str) -> Path | None:
             f"Gale cannot open {parsed.render_as_string(hide_password=True)}.",
             hint="This version keeps everything in SQLite: sqlite:///folder/gale.db",
         )
-    return None if parsed.database in (None, "", ":memory:") else Path(parsed.database or "").expanduser().absolute()
+    return None if parsed.database in (None, "", ":memory:") else files.expand(parsed.database or "").absolute()
 
 
 def _make_private_file(path: Path) -> None:

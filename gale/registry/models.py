@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gale.core import files
 from gale.core.errors import ModelError
 from gale.core.settings import settings
 
@@ -17,7 +18,7 @@ def resolve_model(name_or_path: str | None) -> Path:
     """
     if name_or_path is None:
         return BUILTIN
-    path = Path(name_or_path).expanduser()
+    path = files.expand(name_or_path)
     if path.is_dir():
         return path
     named = settings().home / "models"

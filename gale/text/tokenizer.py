@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 
 from gale.core import files
 from gale.core.errors import ModelError
+from gale.core.model_folder import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|end|>"
@@ -46,7 +47,8 @@ _SPLIT = (
 class Tokenizer:
     """A tokenizer of a model folder.
 
-    ``settings`` is the content of ``tokenizer_config.json``.
+    ``settings`` is the content of ``tokenizer_config.json``; ``chat_template`` is the Jinja source of the chat
+    template, if it names one. Raises :class:`ModelError` for settings of the wrong kind.
     """
 
     def __init__(self, backend: Backend, settings: dict[str, Any]) -> None:
@@ -54,8 +56,9 @@ class Tokenizer:
         self.settings = settings
         added = sorted(backend.get_added_tokens_decoder().items())
         self.control_tokens: list[str] = [token.content for _, token in added]
-        self.bos_token = _token_text(settings.get("bos_token"))
-        self.eos_token = _token_text(settings.get("eos_token"))
+        self.bos_token = _token_text(settings, "bos_token")
+        self.eos_token = _token_text(settings, "eos_token")
+        self.chat_template = _template_text(settings.get("chat_template"))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -67,18 +70,13 @@ class Tokenizer:
             backend = Backend.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{path} cannot be read: {error}") from error
-        settings_path = folder / "tokenizer_config.json"
-        settings: dict[str, Any] = {}
-        if settings_path.is_file():
-            try:
-                settings = json.loads(settings_path.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise ModelError(f"{settings_path} cannot be read: {error}") from error
-            if not isinstance(settings, dict):
-                raise ModelError(f"{settings_path} does not hold a JSON object.")
+        settings = read_json(folder / "tokenizer_config.json")
         template_path = folder / "chat_template.jinja"  # where transformers 5 keeps it
         if template_path.is_file():
-            settings["chat_template"] = template_path.read_text(encoding="utf-8")
+            try:
+                settings["chat_template"] = template_path.read_text(encoding="utf-8")
+            except (ValueError, OSError) as error:
+                raise ModelError(f"{template_path} cannot be read: {error}") from error
         return cls(backend, settings)
 
     @classmethod
@@ -127,15 +125,12 @@ class Tokenizer:
         Byte-level vocabularies spell every byte as a character, others spell characters as themselves: either way a
         token's spelling is at least as long as its text.
         """
-        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+        return max(map(len, self.vocabulary))
 
-    @property
-    def chat_template(self) -> str | None:
-        """Jinja source of the chat template, if the folder names one."""
-        source = self.settings.get("chat_template")
-        if isinstance(source, list):  # the older layout: a list of named templates
-            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-        return source if isinstance(source, str) else None
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id by its spelling, control tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str, *, control_tokens: bool = False) -> list[int]:
         """Token ids of ``text``, adding none; control tokens spelled in it count only with ``control_tokens``.
@@ -192,8 +187,23 @@ def _whole_characters(text: str) -> str:
     return text
 
 
-def _token_text(value: Any) -> str | None:
+def _token_text(settings: dict[str, Any], name: str) -> str | None:
     """A token is named by its text or, in older folders, by an object with that text as ``content``."""
+    value = settings.get(name)
     if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+        value = value.get("content", value)
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"tokenizer_config.json names no token as {name}, but {value!r}.")
+    return value
+
+
+def _template_text(value: Any) -> str | None:
+    """A chat template, or the default one of a list of named ones, as older folders have it."""
+    if isinstance(value, list):
+        entries = [entry for entry in value if isinstance(entry, dict) and isinstance(entry.get("template"), str)]
+        if len(entries) < len(value):
+            raise ModelError("tokenizer_config.json lists a chat template without its text.")
+        value = next((entry["template"] for entry in entries if entry.get("name") == "default"), None)
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"tokenizer_config.json holds a chat template that is no text, but {value!r}.")
+    return value

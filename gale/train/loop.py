@@ -25,7 +25,7 @@ from gale.core import files
 from gale.core.device import Compute, choose_compute
 from gale.core.errors import CheckpointError, GaleError
 from gale.core.progress import Bar
-from gale.data.shards import read_manifest
+from gale.data.shards import read_manifest, verify
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import save_model
 from gale.model.config import ModelConfig
@@ -38,6 +38,7 @@ from gale.train.report import plot_curves
 from gale.train.state import load_checkpoint, save_checkpoint
 
 METRICS = "metrics.jsonl"
+_LOCK = "run.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +58,33 @@ def run(stage: Stage, out: Path, *, resume: bool, extra_facts: dict[str, Any] | 
     """Train to the last step; returns the final metrics. The model stands in ``out/model``.
 
     Raises :class:`CheckpointError` where ``out`` holds a run and ``resume`` was not asked for, or belongs to another,
-    and :class:`GaleError` where the loss is no longer a number.
+    :class:`DataError` where the data is damaged, and :class:`GaleError` where the loss is no longer a number or
+    another process is training in ``out``.
     """
+    busy = GaleError(f"Another process is training in {out}.", hint="Wait until it has ended, or choose another --out.")
+    with files.locked(out / _LOCK, busy=busy):
+        return _run(stage, out, resume, extra_facts or {})
+
+
+def _run(stage: Stage, out: Path, resume: bool, extra_facts: dict[str, Any]) -> dict[str, Any]:
     recipe = stage.recipe
     compute = choose_compute(recipe.precision)
+    verify(stage.data)
     manifest = read_manifest(stage.data)
     # What must be the same for a resumed run to be the same run. Where files lie may change, what they hold may not.
     facts = {
         "stage": stage.name,
         "recipe": recipe.model_dump(mode="json", exclude={"data", "base", "keep_checkpoints"}),
         "data_fingerprint": manifest["fingerprint"],
-        **(extra_facts or {}),
+        "dtype": str(compute.dtype).removeprefix("torch."),
+        **extra_facts,
     }
+    # What may change, at the price of the last bits.
+    machine = {"device": compute.unit, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     torch.manual_seed(recipe.seed)
     model = stage.initial_weights(compute.dtype).to(compute.device).train()
     optimiser = MasterWeightAdamW(model, recipe.optimiser)
-    start = _start(out, resume, facts, optimiser)
+    start = _start(out, resume, facts, machine, optimiser)
     files.write_json(out / "recipe.json", recipe.model_dump(mode="json"))
     metrics = _MetricsLog(out / METRICS, keep_until=start)
     loss_of = _compiled(_summed_loss) if recipe.compile else _summed_loss
@@ -133,7 +145,7 @@ def run(stage: Stage, out: Path, *, resume: bool, extra_facts: dict[str, Any] | 
             # Save.
             if done % recipe.checkpoint_every == 0 or done == recipe.steps:
                 metrics.sync()
-                save_checkpoint(out, done, optimiser.state(), facts, keep=recipe.keep_checkpoints)
+                save_checkpoint(out, done, optimiser.state(), facts, machine, keep=recipe.keep_checkpoints)
             result = row
 
     if not result:
@@ -198,12 +210,12 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return compiled
 
 
-def _start(out: Path, resume: bool, facts: dict[str, Any], optimiser: MasterWeightAdamW) -> int:
-    """Make ``out``, put back what it holds of this run, and return how many steps are done."""
-    with files.explain_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+def _start(
+    out: Path, resume: bool, facts: dict[str, Any], machine: dict[str, Any], optimiser: MasterWeightAdamW
+) -> int:
+    """Put back what ``out`` holds of this run, and return how many steps are done."""
     if resume:
-        if found := load_checkpoint(out, facts):
+        if found := load_checkpoint(out, facts, machine):
             optimiser.load_state(found[1])
             return found[0]
     elif (out / "checkpoints").exists() or (out / METRICS).exists():

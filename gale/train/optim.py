@@ -93,6 +93,7 @@ class MasterWeightAdamW:
             for name, master in zip(self.names, self.masters, strict=True):
                 master.copy_(tensors[f"master/{name}"])
                 self._adam.state[master] = {
-                    key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: tensors[f"{key}/{name}"].to(master.device, copy=True)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         self.refresh()

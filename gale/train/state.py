@@ -1,7 +1,8 @@
 """Checkpoints of a run: atomic folders from which training goes on bit for bit.
 
 ``checkpoints/step-00000200/`` holds ``state.safetensors`` (fp32 weights, optimiser moments, random state) and
-``state.json`` (step, recipe, data fingerprint). A folder appears under its name only when it is whole.
+``state.json`` (step, recipe, data fingerprint, number format, machine). A folder appears under its name only when it
+is whole.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from gale.core.errors import CheckpointError
 from gale.core.progress import console
 
 
-def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep: int) -> None:
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], machine: dict[str, Any], *, keep: int
+) -> None:
     """Write the checkpoint of ``step`` and remove all but the ``keep`` newest."""
     folder = _folder(run, step)
-    files.remove_leftovers(folder)
     with files.new_directory(folder) as temporary:
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
@@ -34,16 +36,18 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], facts: dic
                 f"The checkpoint {folder} cannot be written: {error}", hint="Free some space and go on with --resume."
             ) from error
         weights_digest = files.sha256(temporary / "state.safetensors")
-        files.write_json(temporary / "state.json", {"step": step, "sha256": weights_digest, **facts})
+        about = {"step": step, "sha256": weights_digest, "machine": machine}
+        files.write_json(temporary / "state.json", {**about, **facts})
     for old in _folders(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: Path, facts: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
+def load_checkpoint(run: Path, facts: dict[str, Any], machine: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
     """Step and tensors of the newest whole checkpoint, None where there is none yet.
 
-    A damaged one is passed over, aloud. Raises :class:`CheckpointError` where the checkpoint belongs to another
-    recipe or other data, with what differs, and where all are damaged.
+    A damaged one is passed over, aloud; another machine is named, since its sums may round otherwise. Raises
+    :class:`CheckpointError` where the checkpoint belongs to another recipe, other data or another number format, with
+    what differs, and where all are damaged.
     """
     damaged = False
     for folder in reversed(_folders(run)):
@@ -54,12 +58,7 @@ def load_checkpoint(run: Path, facts: dict[str, Any]) -> tuple[int, dict[str, Te
             tensors = load_file(folder / "state.safetensors")
             step = int(saved["step"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            console.print(
-                f"Checkpoint {folder.name} is damaged ({error}); trying the one before.",
-                style="yellow",
-                markup=False,
-                soft_wrap=True,
-            )
+            _warn(f"Checkpoint {folder.name} is damaged ({error}); trying the one before.")
             damaged = True
             continue
         if differences := _differences(saved, facts):
@@ -67,6 +66,8 @@ def load_checkpoint(run: Path, facts: dict[str, Any]) -> tuple[int, dict[str, Te
                 "\n".join([f"The run in {run} was started differently:", *differences]),
                 hint="Resume with what it was started with, or start anew with another --out.",
             )
+        if changes := _differences(saved, {"machine": machine}):
+            _warn("\n".join(["From here the curve may differ in the last bits, since the machine does:", *changes]))
         torch.set_rng_state(tensors.pop("torch_rng"))
         return step, tensors
     if damaged:
@@ -75,12 +76,18 @@ def load_checkpoint(run: Path, facts: dict[str, Any]) -> tuple[int, dict[str, Te
 
 
 def _differences(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    old, new = _flatten({key: saved.get(key) for key in facts}), _flatten(facts)
+    # What an older Gale did not write down is unknown, not different.
+    known = facts.keys() & saved.keys()
+    old, new = (_flatten({key: source[key] for key in known}) for source in (saved, facts))
     return [
         f"  - {key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def _warn(text: str) -> None:
+    console.print(text, style="yellow", markup=False, soft_wrap=True)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -70,6 +70,10 @@ def test_from_text_to_a_model_one_command_after_another(gale: Gale, workplace: P
     assert result.code == 1
     assert "already holds a run" in result.err
     assert gale("train", "pretrain", workplace / "train.toml", "--out", workplace / "run", "--resume").code == 0
+    (workplace / "run/metrics.jsonl").unlink()
+    result = gale("train", "pretrain", workplace / "train.toml", "--out", workplace / "run", "--resume")
+    assert result.code == 0
+    assert "metrics.jsonl is gone" in result.out
 
 
 def test_a_dry_run_prints_the_whole_recipe_and_writes_nothing(gale: Gale, workplace: Path, gale_home: Path) -> None:
@@ -99,6 +103,7 @@ def test_a_dry_run_prints_the_whole_recipe_and_writes_nothing(gale: Gale, workpl
             "stands in its place",
         ),
         (["data", "prepare", "data.toml", "tokenizer=tokenizer.toml", "--out", "."], 1, "not replaced"),
+        (["train", "tokenizer", "tokenizer.toml", "--out", "~nobody-at-all/x"], 1, "no such home folder"),
         (["train", "fly"], 2, "fly"),
     ],
 )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,11 +73,61 @@ def test_with_a_marker_only_our_own_folders_are_replaced(tmp_path: Path) -> None
         pass
 
 
-def test_leftovers_of_one_name_only_are_removed(tmp_path: Path) -> None:
-    for name in (".a.123", ".a.456", ".ab.123", "a"):
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    dead, old = f".a.{ended.pid}-x", time.time() - 7200
+    for name in (dead, ".a.older", ".a.newer", f".a.{os.getpid()}-x", f".ab.{ended.pid}-x"):
         (tmp_path / name).mkdir()
-    files.remove_leftovers(tmp_path / "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".ab.123", "a"]
+        (tmp_path / name / "half").write_text("")
+        if name != ".a.newer":
+            os.utime(tmp_path / name, (old, old))
+    with files.new_directory(tmp_path / "a"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [f".ab.{ended.pid}-x", ".a.newer", f".a.{os.getpid()}-x", "a"]
+    )
+
+
+def test_a_killed_write_leaves_nothing_once_the_same_is_written_again(tmp_path: Path) -> None:
+    write = (
+        "import os, pathlib, sys; from gale.core import files\n"
+        "with files.new_directory(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", write, str(tmp_path / "a")], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with files.new_directory(tmp_path / "a"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_lock_refuses_a_second_holder_until_the_first_has_ended(tmp_path: Path) -> None:
+    hold = (
+        "import pathlib, sys; from gale.core import files\n"
+        "with files.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    lock, busy = tmp_path / "new" / "lock", GaleError("taken")
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(GaleError, match="taken"), files.locked(lock, busy=busy):
+            pass
+        holder.kill()
+    with files.locked(lock, busy=busy):
+        pass
+
+
+def test_homes_are_found_and_a_home_of_nobody_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.expand("~/a") == files.resolve("~/a") == tmp_path / "a"
+    assert files.resolve("a", tmp_path / "b" / "..") == tmp_path / "a"
+    with pytest.raises(GaleError, match="~nobody-at-all/a cannot be followed"):
+        files.expand("~nobody-at-all/a")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(GaleError, match="cannot be followed"):
+        files.resolve(tmp_path / "circle")
 
 
 def test_a_file_where_a_folder_is_needed_is_a_message(tmp_path: Path) -> None:

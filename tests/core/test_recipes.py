@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gale.core.errors import GaleError, RecipeError
+from gale.core.errors import RecipeError
 from gale.core.recipe import load_recipe
-from gale.core.settings import settings
 from gale.data.recipe import DataRecipe
 from gale.train.recipe import PretrainRecipe
 
@@ -63,6 +62,19 @@ def test_overrides_reach_into_tables_and_count_as_toml(tmp_path: Path) -> None:
     assert recipe.compile is True
 
 
+def test_a_path_in_an_override_counts_from_where_the_person_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_recipe(written(tmp_path, GOOD), PretrainRecipe, ["data=mine"]).data == tmp_path / "here" / "mine"
+    table = '{path = "b.jsonl", licence = "CC0", origin = "us", format = "text", only = ["x"]}'
+    recipe = load_recipe(written(tmp_path, SOURCES), DataRecipe, [f"sources=[{table}]", 'replace={a = "b"}'])
+    assert recipe.tokenizer == tmp_path / "tok"
+    assert recipe.sources[0].path == tmp_path / "here" / "b.jsonl"
+    assert type(recipe.sources[0].origin) is type(recipe.sources[0].only[0]) is type(recipe.replace["a"]) is str
+
+
 def test_all_faults_are_reported_at_once_with_the_nearest_names(tmp_path: Path) -> None:
     text = GOOD.replace("steps = 10", 'stepz = 10\nprecision = "fp8"').replace("layers = 2", "layerz = 0")
     found = problems(written(tmp_path, text), overrides=("optimiser.learning_rte=1", "nonsense", "steps.x=1"))
@@ -104,7 +116,7 @@ def test_a_key_that_resembles_nothing_gets_the_list_of_valid_ones(tmp_path: Path
         (("micro_rows = 2", "micro_rows = 3"), "batch_rows (4) must be a multiple of micro_rows (3)"),
         (("kv_heads = 2", "kv_heads = 3"), "model: heads (4) must be a multiple of kv_heads (3)"),
         (("hidden_size = 64", "hidden_size = 60"), "model.hidden_size: input should be a multiple of 8, not 60"),
-        (('"prepared"', '"~nobody-at-all/x"'), "data: not a path that can be followed"),
+        (('"prepared"', '"~nobody-at-all/x"'), "data: ~nobody-at-all/x cannot be followed"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(tmp_path: Path, change: tuple[str, str], says: str) -> None:
@@ -138,14 +150,3 @@ def test_a_recipe_that_cannot_be_read_is_a_message(tmp_path: Path, content: byte
         load_recipe(path, PretrainRecipe)
     with pytest.raises(RecipeError):
         load_recipe(tmp_path, PretrainRecipe)
-
-
-def test_wrong_environment_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GALE_THREADS", "many")
-    settings.cache_clear()
-    try:
-        with pytest.raises(GaleError, match="GALE_THREADS"):
-            settings()
-    finally:
-        monkeypatch.undo()
-        settings.cache_clear()

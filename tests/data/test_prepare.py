@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 
 from gale.core.errors import DataError, GaleError
+from gale.data.cache import made_once
 from gale.data.prepare import prepare, ready_data
 from gale.data.recipe import DataRecipe
-from gale.data.shards import TokenSplit, read_manifest
+from gale.data.shards import TokenSplit, read_manifest, verify
 from gale.data.tokenizer_training import ready_tokenizer
 from gale.text.tokenizer import END_OF_TEXT, Tokenizer
 from tests.tiny_data import SENTENCES, write_jsonl
@@ -154,6 +157,11 @@ def test_damaged_prepared_data_is_a_message(recipe: dict[str, Any], tmp_path: Pa
     with pytest.raises(DataError, match="damaged"):
         TokenSplit(out, "train")
     shard.write_bytes(whole)
+    verify(out)
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    TokenSplit(out, "train")
+    with pytest.raises(DataError, match="damaged"):
+        verify(out)
     np.save(out / "train-00000.trained.npy", np.ones(3, np.bool_))
     with pytest.raises(DataError, match="different lengths"):
         TokenSplit(out, "train")
@@ -187,3 +195,19 @@ def test_a_recipe_may_stand_for_what_it_makes(gale_home: Path, tmp_path: Path) -
     (tmp_path / "texts.jsonl").unlink()
     with pytest.raises(DataError, match=r"no .*texts\.jsonl"):
         ready_data(tmp_path / "data.toml")
+
+
+def test_two_who_want_the_same_at_once_get_the_one_that_was_made_first(
+    gale_home: Path, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    made: list[Path] = []
+
+    def slowly(settings: DataRecipe, folder: Path) -> None:
+        time.sleep(0.2)
+        prepare(settings, folder)
+        made.append(folder)
+
+    settings = DataRecipe.model_validate(recipe)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: made_once(settings, slowly, kind="data", marker="manifest.json"), range(2)))
+    assert folders == made * 2

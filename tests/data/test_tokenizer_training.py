@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from gale.core.errors import DataError
-from gale.data.recipe import TokenizerRecipe
+from gale.data.clean import sample_texts
+from gale.data.recipe import Source, TokenizerRecipe
 from gale.data.tokenizer_training import train_tokenizer
 from gale.text.tokenizer import CONTROL_TOKENS, Tokenizer
 from tests.tiny_data import SENTENCES, write_jsonl
@@ -35,10 +36,27 @@ def test_a_source_gives_no_more_than_its_budget(tmp_path: Path) -> None:
     texts = ["aaaa bbbb " * 30] * 5 + ["zzzz yyyy " * 100]
     path = write_jsonl(tmp_path / "long.jsonl", [{"text": text} for text in texts])
     sources = [{"path": str(path), "licence": "CC0", "origin": "us"}]
-    train_tokenizer(recipe(tmp_path, sources=sources, max_bytes_per_source=1600), tmp_path / "out")
+    train_tokenizer(recipe(tmp_path, sources=sources, max_bytes_per_source=5 * 299), tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert len(tokenizer.encode("aaaa")) == 1
     assert len(tokenizer.encode("zzzz")) == 4
+
+
+def test_the_document_that_exceeds_the_budget_is_cut_between_two_characters(tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": "大风" * 2}, {"role": "assistant", "content": "风" * 9}]}]
+    path = write_jsonl(tmp_path / "chats.jsonl", chats * 3)
+    source = Source.model_validate({"path": str(path), "licence": "CC0", "origin": "us", "format": "chat"})
+    for budget, expected in ((7, [["大风"]]), (13, [["大风大风"]]), (20, [["大风大风", "风风"]])):
+        assert list(sample_texts(source, budget=budget, replace={}, seed=0)) == expected
+    assert len(list(sample_texts(source, budget=1000, replace={}, seed=0))) == 3
+
+
+def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "empty.jsonl", [{"text": " "}])
+    sources = [{"path": str(path), "licence": "CC0", "origin": "us"}]
+    with pytest.raises(DataError, match=r"empty\.jsonl holds no text"):
+        train_tokenizer(recipe(tmp_path, sources=sources), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_without_training_text_is_refused(tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         config(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
         ["alternate"],
     ),
+    "windows of too few layers": (
+        config(use_sliding_window=True, sliding_window=4, layer_types=["full_attention"]),
+        ["alternate"],
+    ),
+    "nested too deeply": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), ["config.json", "recursion"]),
+    "vocabulary beyond any memory": (config(vocab_size=10**12), ["embed_tokens.weight", "[1000000000000, 48]"]),
+    "sizes beyond any number": (config(intermediate_size=10**30), ["no computer"]),
+    "layers beyond any patience": (config(num_hidden_layers=6_000_000), ["holds 2 layers", "6000000"]),
+    "layers too few": (config(num_hidden_layers=1), ["no place for: layers.1."]),
     "missing key": (config(hidden_size=None), ["hidden_size"]),
     "wrong kind": (config(hidden_size="many"), ["wrong kind"]),
     "no heads": (config(num_attention_heads=0), ["heads 0"]),
@@ -82,6 +91,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "weight missing": (weights(lambda t: t.pop(NORM)), ["lacks 1 weights", "norm.weight"]),
     "weight too many": (weights(lambda t: t.update({"model.extra": torch.ones(1)})), ["no place for: extra"]),
     "weight of wrong shape": (weights(lambda t: t.update({NORM: torch.ones(3)})), ["norm.weight", "[3]", "[48]"]),
+    "weight of two shapes": (weights(lambda t: t.update({"norm.weight": torch.ones(3)})), ["another weight norm"]),
     "index without map": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["no weight map"]),
     "index names a lost shard": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "lost.safetensors"}}'),

@@ -13,7 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine
 
-from gale.core.errors import StoreError
+from gale.core.errors import GaleError, StoreError
 from gale.platform.database import Database
 from gale.platform.store import Store
 from gale.platform.tables import metadata
@@ -118,6 +118,11 @@ def test_addresses_that_are_not_understood(bad: str) -> None:
         Store.open(bad)
     assert "sqlite:///" in str(caught.value.hint)
     assert "geheim" not in caught.value.message
+
+
+def test_a_home_of_nobody_is_a_message() -> None:
+    with pytest.raises(GaleError, match="~nobody-at-all"):
+        Store.open("sqlite:///~nobody-at-all/gale.db")
 
 
 def _open_and_report(path: Path, results: multiprocessing.Queue[str]) -> None:

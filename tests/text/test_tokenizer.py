@@ -101,6 +101,13 @@ def test_a_template_in_a_file_of_its_own_is_found(tokenizer: Tokenizer, tmp_path
     assert Tokenizer.load(tmp_path).chat_template == "{{ messages }}"
 
 
+def test_of_named_templates_the_default_one_is_taken(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    named = [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert Tokenizer.load(tmp_path).chat_template == "b"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -108,13 +115,24 @@ def test_a_template_in_a_file_of_its_own_is_found(tokenizer: Tokenizer, tmp_path
         ("tokenizer.json", '{"version": "1.0", "model"', "cannot be read"),
         ("tokenizer_config.json", "{", "cannot be read"),
         ("tokenizer_config.json", "[]", "JSON object"),
+        ("tokenizer_config.json", '{"a": ' * 100_000, "cannot be read"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "no token as eos_token"),
+        ("tokenizer_config.json", '{"eos_token": ["<|end|>"]}', "no token as eos_token"),
+        ("tokenizer_config.json", '{"bos_token": {"text": "<s>"}}', "no token as bos_token"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "without its text"),
+        ("tokenizer_config.json", '{"chat_template": ["{{ messages }}"]}', "without its text"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "no text"),
+        ("chat_template.jinja", "\udcff", r"chat_template.jinja cannot be read"),
     ],
 )
 def test_damaged_files_are_named(
     tokenizer: Tokenizer, tmp_path: Path, name: str, content: str | None, says: str
 ) -> None:
     tokenizer.save(tmp_path)
-    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ModelError, match=says):
         Tokenizer.load(tmp_path)
 

@@ -6,14 +6,17 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from gale.core import files
 from gale.core.errors import CheckpointError, DataError, GaleError
+from gale.data.shards import fingerprint
 from gale.model.checkpoint import load_model, save_model
 from gale.model.config import ModelConfig
 from gale.model.transformer import Decoder
@@ -107,6 +110,91 @@ def test_fine_tuning_refuses_a_model_that_does_not_fit(prepared: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_fine_tuning_refuses_a_model_that_means_other_things_by_the_same_numbers(
+    prepared: Path, tmp_path: Path
+) -> None:
+    pretrain(recipe(prepared), tmp_path / "base")
+    base = tmp_path / "base" / "model"
+    fields: dict[str, Any] = recipe(prepared).model_dump(exclude={"model"}) | {"base": base}
+    template = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(template))
+    sft(SftRecipe.model_validate(fields | {"steps": 1}), tmp_path / "run")  # another template is no other vocabulary
+
+    content = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="differ in 2 tokens, the first being 'a'") as caught:
+        sft(SftRecipe.model_validate(fields), tmp_path / "refused")
+    assert "own tokenizer" in str(caught.value.hint)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_every_file_of_a_base_counts_when_fine_tuning_goes_on(prepared: Path, tmp_path: Path) -> None:
+    pretrain(recipe(prepared), tmp_path / "base")
+    base = tmp_path / "base" / "model"
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = dict.fromkeys(tensors, "one.safetensors") | {"model.norm.weight": "two.safetensors"}
+    for file in set(names.values()):
+        save_file({name: tensors[name] for name in tensors if names[name] == file}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    fields: dict[str, Any] = recipe(prepared).model_dump(exclude={"model"}) | {"base": base}
+    sft(SftRecipe.model_validate(fields), tmp_path / "run")
+    save_file({"model.norm.weight": tensors["model.norm.weight"] * 2}, base / "two.safetensors")
+    with pytest.raises(CheckpointError, match="base_fingerprint"):
+        sft(SftRecipe.model_validate(fields), tmp_path / "run", resume=True)
+
+
+def test_data_that_changed_since_it_was_prepared_is_not_trained_on(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "data")
+    shard = tmp_path / "data/train-00000.tokens.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # may now be a token that the vocabulary lacks
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="damaged"):
+        pretrain(recipe(tmp_path / "data"), tmp_path / "run")
+
+
+def test_two_trainings_in_one_folder_are_refused(prepared: Path, tmp_path: Path) -> None:
+    with (
+        files.locked(tmp_path / "run" / "run.lock"),
+        pytest.raises(GaleError, match="Another process is training") as caught,
+    ):
+        pretrain(recipe(prepared), tmp_path / "run", resume=True)
+    assert "--out" in str(caught.value.hint)
+    assert pretrain(recipe(prepared), tmp_path / "run")["final"]["step"] == 6
+
+
+def test_a_run_goes_on_in_its_own_number_format_only(prepared: Path, tmp_path: Path) -> None:
+    pretrain(recipe(prepared, precision="auto"), tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints").glob("*/state.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float8"}))
+    with pytest.raises(CheckpointError, match=r"dtype: 'float8' then, '\w+' now"):
+        pretrain(recipe(prepared, precision="auto"), tmp_path / "run", resume=True)
+
+
+def test_another_machine_is_named_and_an_older_checkpoint_that_names_none_goes_on(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(recipe(prepared), tmp_path / "run")
+    states = {path: json.loads(path.read_text()) for path in (tmp_path / "run/checkpoints").glob("*/state.json")}
+    pretrain(recipe(prepared), tmp_path / "run", resume=True)
+    assert "may differ" not in capsys.readouterr().err
+    for path, state in states.items():
+        path.write_text(json.dumps(state | {"machine": state["machine"] | {"device": "abacus", "threads": 99}}))
+    pretrain(recipe(prepared), tmp_path / "run", resume=True)
+    said = capsys.readouterr().err
+    assert "may differ in the last bits" in said
+    assert "machine.device: 'abacus' then" in said
+    assert "machine.threads: 99 then" in said
+    assert "machine.torch" not in said
+    for path, state in states.items():
+        path.write_text(json.dumps({key: state[key] for key in state.keys() - {"machine", "dtype"}}))
+    assert pretrain(recipe(prepared), tmp_path / "run", resume=True)["final"]["step"] == 6
+    assert "may differ" not in capsys.readouterr().err
+
+
 def test_a_run_that_breaks_down_says_so_and_keeps_its_last_sound_checkpoint(prepared: Path, tmp_path: Path) -> None:
     wild = {"learning_rate": 1e30, "warmup_steps": 0, "gradient_clip": 1e30}
     with pytest.raises(GaleError, match="broke down at step") as caught:
@@ -173,8 +261,9 @@ def test_another_recipe_or_other_data_cannot_go_on_with_a_run(prepared: Path, tm
     other = tmp_path / "other"
     shutil.copytree(prepared, other)
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
-    with pytest.raises(CheckpointError, match=r"data_fingerprint.*'another' now"):
+    (other / "more.npy").write_bytes(b"another")
+    (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": fingerprint(other)}))
+    with pytest.raises(CheckpointError, match=rf"data_fingerprint.*'{fingerprint(other)}' now"):
         pretrain(recipe(other), tmp_path / "run", resume=True)
 
 
@@ -185,7 +274,9 @@ def test_the_same_data_may_lie_elsewhere_when_a_run_goes_on(prepared: Path, tmp_
 
 
 def test_what_a_killed_write_left_behind_is_removed(prepared: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / "run/checkpoints/.step-00000002.abcdef"
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    leftover = tmp_path / f"run/checkpoints/.step-00000002.{ended.pid}-abcdef"
     leftover.mkdir(parents=True)
     pretrain(recipe(prepared), tmp_path / "run", resume=True)
     assert not leftover.exists()

@@ -81,3 +81,17 @@ def test_a_gradient_that_is_no_number_leaves_the_weights_as_they_were() -> None:
     optimiser.collect()
     assert not math.isfinite(optimiser.step(0.1, 1.0))
     assert torch.equal(model.weight, before)
+
+
+def test_the_state_goes_back_to_where_the_masters_are() -> None:
+    model = nn.Linear(2, 2)
+    optimiser = MasterWeightAdamW(model, settings())
+    model(torch.ones(1, 2)).sum().backward()
+    optimiser.collect()
+    optimiser.step(0.1, 1.0)
+    saved = {name: tensor.clone() for name, tensor in optimiser.state().items()}
+    # The meta device stands for an accelerator, which the machine that tests may lack.
+    optimiser.masters = [master.to("meta") for master in optimiser.masters]
+    optimiser._parameters = [parameter.to("meta") for parameter in optimiser._parameters]
+    optimiser.load_state(saved)
+    assert {name: tensor.device.type for name, tensor in optimiser.state().items()} == dict.fromkeys(saved, "meta")
