@@ -16,6 +16,13 @@ from gale.text.tokenizer import Tokenizer
 from tests.tiny_data import SENTENCES, write_jsonl
 from tests.tiny_model import make_model, make_tokenizer
 
+SLOW = ("tests/e2e/", "tests/train/test_smoke.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what is broken is known soon."""
+    items.sort(key=lambda item: item.nodeid.startswith(SLOW))
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:

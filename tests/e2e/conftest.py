@@ -73,7 +73,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
         server.process.wait()
 
 
-@pytest.fixture(scope="session")
+# Closed after this folder: Playwright runs an event loop in this thread, beside which no other test can run its own.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         reason = "Chromium is not installed; `scripts/need-chromium` installs it or says how"
