@@ -132,11 +132,11 @@ def test_edit_rename_delete_and_languages(page: Page, served: Served) -> None:
 
 def test_pictures_for_the_readme(page: Page, served: Served) -> None:
     page.goto(served.url)
-    send(page, "Hi! Who are you?")
+    send(page, "What can you do?")
     wait_for(page, 1, "complete")
-    send(page, QUESTION)
+    send(page, "小明今年八岁，住在杭州，最喜欢吃西瓜。\n\n问题：小明住在哪里？")
     wait_for(page, 2, "complete")
-    send(page, "小明今年八岁，住在杭州。\n\n问题：小明住在哪里？")
+    send(page, "谢谢")
     wait_for(page, 3, "complete")
     expect(page.get_by_test_id("conversation-item")).to_have_count(1)
     page.mouse.move(640, 20)
