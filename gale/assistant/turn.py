@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Sequence
 from gale.engine.request import ContextLengthError, Engine, Event, SamplingParams
 from gale.text.template import Message
 
-# Livelier than greedy, without the tail that makes a small model ramble, and with an end for one that loops.
-CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=2048)
+# Livelier than greedy, yet cool and without the tail, since small models ramble; and with an end for one that loops.
+CHAT_SAMPLING = SamplingParams(temperature=0.5, top_p=0.9, max_tokens=2048)
 
 # The answer is promised a quarter of the context, but no more than this many tokens.
 MOST_RESERVED_TOKENS = 512

@@ -88,8 +88,8 @@ class Batcher:
                 try:
                     sequence.accept(sequence.sampler.choose(logits_V))
                 except Exception as error:  # what is wrong with one answer must not end the others
-                    log.exception("answer_failed", error=str(error))
                     sequence.fail(EngineFailedError("The engine failed while answering."))
+                    log.exception("answer_failed", error=str(error))
         self._running = [sequence for sequence in self._running if not sequence.finished]
 
     def _admit(self) -> None:

@@ -102,7 +102,7 @@ class LocalEngine:
             raise ContextLengthError(len(prompt), self.context_length)
         if self._unfinished >= MAX_UNFINISHED:
             raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
-        if self._closing:
+        if self._closing or not self._thread.is_alive():
             raise EngineFailedError("The engine has stopped.")
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -167,8 +167,9 @@ class LocalEngine:
             try:
                 batcher.step()
             except Exception as error:  # one broken step must not end the service
-                log.exception("engine_step_failed", error=str(error))
+                # First the waiting, then the log: should even that fail, nobody waits for ever.
                 batcher.abandon(EngineFailedError("The engine failed while answering; the request was not finished."))
+                log.exception("engine_step_failed", error=str(error))
 
 
 def _characters(value: object) -> int:
