@@ -132,13 +132,13 @@ def test_edit_rename_delete_and_languages(page: Page, served: Served) -> None:
 
 def test_pictures_for_the_readme(page: Page, served: Served) -> None:
     page.goto(served.url)
-    send(page, "小明今年八岁，住在杭州，最喜欢吃西瓜。\n\n问题：小明住在哪里？")
+    send(page, "What can you do?")
     wait_for(page, 1, "complete")
     page.get_by_test_id("new-chat").click()
     expect(answers(page)).to_have_count(0)
-    send(page, "Hello! What can you do?")
+    send(page, "小明今年八岁，住在杭州，最喜欢吃西瓜。\n\n问题：小明住在哪里？")
     wait_for(page, 1, "complete")
-    send(page, "Tom has a red bike and a small dog named Rex.\n\nQuestion: What is the name of Tom's dog?")
+    send(page, "这家图书馆建于1956年，有三层楼，藏书二十万册。\n\n根据以上内容，图书馆建于哪一年？")
     wait_for(page, 2, "complete")
     expect(page.get_by_test_id("conversation-item")).to_have_count(2)
     page.mouse.move(640, 20)
