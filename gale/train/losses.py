@@ -27,7 +27,8 @@ def hidden_states(model: Decoder, batch: Batch) -> Tensor:
         sliding_window=config.sliding_window,
         sliding_from_layer=config.sliding_from_layer,
     )
-    return model(batch.ids_N.to(device), batch.positions_N.to(device), attend)  # type: ignore[no-any-return]
+    x_NC: Tensor = model(batch.ids_N.to(device), batch.positions_N.to(device), attend)
+    return x_NC
 
 
 def trained_logprobs(model: Decoder, batch: Batch) -> Tensor:
@@ -37,7 +38,8 @@ def trained_logprobs(model: Decoder, batch: Batch) -> Tensor:
     targets_T = batch.targets_N.to(x_NC.device)[trained_T]
     # What nobody asks about is not computed: in conversations most tokens are the user's or the passage's.
     chosen_TC = x_NC if len(trained_T) == len(x_NC) else x_NC.index_select(0, trained_T)
-    return token_logprobs(chosen_TC, model.lm_head.weight, targets_T)
+    logprobs_T: Tensor = token_logprobs(chosen_TC, model.lm_head.weight, targets_T)
+    return logprobs_T
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
