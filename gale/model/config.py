@@ -198,6 +198,11 @@ def _read_family(content: dict[str, Any]) -> str:
         return str(model_type)
     if family := FAMILIES.get(str(architecture)):
         return family
+    if str(architecture).endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"This is no model that writes text but one that scores it ({architecture}), such as a reward model.",
+            hint="Give the chat model here; a reward model belongs where rewards are asked for.",
+        )
     raise ModelError(
         f"Gale cannot open models of architecture {architecture or model_type or 'unnamed'}.",
         hint=f"Supported are: {', '.join(sorted(FAMILIES))}.",
