@@ -65,6 +65,11 @@ class ModelConfig:
             raise ModelError(
                 f"There is no model folder {folder}.", hint="Give --model a folder in Hugging Face layout."
             )
+        if (folder / "adapter_config.json").is_file() and not path.is_file():
+            raise ModelError(
+                f"{folder} is an adapter, not a whole model.",
+                hint="Put it over its base with `gale train merge ADAPTER --base BASE --out DIR`.",
+            )
         if not path.is_file():
             raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face layout.")
         return cls.from_hugging_face(read_json(path))

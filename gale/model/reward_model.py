@@ -85,18 +85,21 @@ def save_reward_model(
     save_model(model.trunk, folder, dtype=dtype, beside={"score.weight": model.score.weight}, settings=settings)
 
 
+def is_reward_model(folder: Path) -> bool:
+    """Whether a model folder says of itself that it scores texts."""
+    names = read_json(folder / "config.json").get("architectures")
+    return isinstance(names, list) and bool(names) and str(names[0]).endswith(_SCORES)
+
+
 def reward_config(folder: Path) -> ModelConfig:
     """The shape of a reward model's trunk. Raises :class:`ModelError`, also for a folder that is no reward model."""
     content = read_json(folder / "config.json")
     if not content:
         return ModelConfig.load(folder)  # which says what is missing
-    names = content.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else "unnamed"
-    if not name.endswith(_SCORES):
+    if not is_reward_model(folder):
         raise ModelError(
-            f"{folder} is no reward model: its architecture is {name}.",
+            f"{folder} is no reward model: its architecture is {content.get('architectures')}.",
             hint="A chat model cannot score answers; make a reward model with `gale train reward`.",
         )
-    return ModelConfig.from_hugging_face(
-        {**content, "architectures": [name.replace(_SCORES, _WRITES)], "tie_word_embeddings": True}
-    )
+    names = [str(content["architectures"][0]).replace(_SCORES, _WRITES)]
+    return ModelConfig.from_hugging_face({**content, "architectures": names, "tie_word_embeddings": True})

@@ -106,7 +106,7 @@ def test_one_is_not_taken_for_the_other(tokenizer: Tokenizer, tmp_path: Path) ->
         load_model(tmp_path / "reward", dtype=torch.float32)
     assert "chat model" in str(caught.value.hint)
     save_model(make_model(tokenizer), tmp_path / "chat")
-    with pytest.raises(ModelError, match="is no reward model: its architecture is Qwen3ForCausalLM") as caught:
+    with pytest.raises(ModelError, match=r"is no reward model: .*Qwen3ForCausalLM") as caught:
         load_reward_model(tmp_path / "chat", dtype=torch.float32)
     assert "gale train reward" in str(caught.value.hint)
 
