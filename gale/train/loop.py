@@ -31,6 +31,10 @@ from gale.train.report import plot_curves
 from gale.train.stage import ModelType, Stage
 
 _LOCK = "run.lock"
+_BROKEN_HINT = (
+    "Look at these documents; start anew, in another --out, with a lower optimiser.learning_rate or a longer warm-up. "
+    "The last checkpoint is sound."
+)
 
 
 def run(stage: Stage[ModelType], out: Path, *, resume: bool) -> dict[str, Any]:
@@ -81,7 +85,8 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
     if recipe.compile:
         _compile(model)
     optimiser = MasterWeights(model, recipe.optimiser)
-    start, tokens = _start(stage, out, resume, facts, machine, optimiser)
+    with world.together():  # nobody writes before all have looked
+        start, tokens = _start(stage, out, resume, facts, machine, optimiser)
     resolved = recipe.model_dump(mode="json")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     metrics: MetricsLog | None = None
@@ -126,7 +131,9 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
             if broken is None and not math.isfinite(norm):
                 rows = objective.describe(step * recipe.batch_rows, recipe.batch_rows)
                 broken = f"gradient norm {norm} on {rows}"
-            _stop_if_broken(broken, step, world)
+            with world.together():
+                if broken:
+                    raise GaleError(f"Training broke down at step {step + 1}: {broken}.", hint=_BROKEN_HINT)
 
             # Log.
             done = step + 1
@@ -162,16 +169,10 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
             # Save.
             if done % recipe.checkpoint_every == 0 or done == recipe.steps:
                 state = {**optimiser.state(), **objective.state(), "tokens": torch.tensor(tokens)}
-                problem = None
-                if metrics:
-                    try:
+                with world.together():
+                    if metrics:
                         metrics.sync()
                         save_checkpoint(out, done, state, facts, machine, keep=recipe.keep_checkpoints)
-                    except GaleError as error:
-                        if world.size == 1:
-                            raise
-                        problem = error.message
-                world.agree(problem)
             result = row
 
     return _finish(stage, model, optimiser, out, metrics, result, tokens, compute, world)
@@ -199,17 +200,6 @@ def _sample(stage: Stage[ModelType], model: ModelType) -> list[dict[str, str]]:
     samples = stage.samples(model, stage.recipe.sample_prompts, stage.recipe.sample_tokens)
     model.train()
     return samples
-
-
-def _stop_if_broken(broken: str | None, step: int, world: World) -> None:
-    hint = (
-        "Start anew, in another --out, with a lower optimiser.learning_rate or a longer warm-up; look at the documents."
-    )
-    try:
-        world.agree(f"Training broke down at step {step + 1}: {broken}." if broken else None)
-    except GaleError as error:
-        error.hint = hint
-        raise
 
 
 def _compile(model: nn.Module) -> None:
