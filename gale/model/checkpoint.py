@@ -18,6 +18,7 @@ from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
 from gale.model.config import ModelConfig
 from gale.model.transformer import Decoder
+from gale.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -31,15 +32,14 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | None 
     may ask for anything. Weights are converted one tensor at a time, so no more than one is ever held twice.
     """
     config = ModelConfig.load(folder)
-    paths = weight_files(folder)
-    _check_shapes(folder, config, _stored_shapes(paths, config))
+    check_weights(folder, config)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model.to_empty(device=device or torch.device("cpu"))
     # Built on the meta device, the tie and the rotary table were left without content.
     model.retie()
     wanted = dict(stored_weights(model))
-    for path in paths:
+    for path in weight_files(folder):
         with _opened(path) as weights:
             for name, stored in _names(weights, config):
                 with torch.no_grad():
@@ -55,6 +55,37 @@ def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloa
         tensors[full] = weight.detach().to("cpu", dtype).contiguous()
     files.write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     files.write_json(folder / "config.json", model.config.to_hugging_face(dtype=_NAMES[dtype]))
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model folder, which must not know more tokens than its model. Raises :class:`ModelError`."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocabulary_size > config.vocabulary_size:
+        raise ModelError(
+            f"{folder}: the tokenizer knows {tokenizer.vocabulary_size} tokens, "
+            f"the model only {config.vocabulary_size}."
+        )
+    return tokenizer
+
+
+def check_weights(folder: Path, config: ModelConfig) -> dict[str, list[int]]:
+    """Shapes of the stored weights by name, which must be those that ``config`` asks for. Raises :class:`ModelError`.
+
+    Reads the heads of the files only.
+    """
+    shapes = _stored_shapes(weight_files(folder), config)
+    _check_shapes(folder, config, shapes)
+    return shapes
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format in which weights are stored; fp32 where they differ or it is one Gale does not write."""
+    found = set()
+    for path in weight_files(folder):
+        with _opened(path) as weights:
+            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return kinds.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def stored_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
