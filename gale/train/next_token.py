@@ -21,22 +21,25 @@ from gale.train.stage import Loss, Objective
 class NextToken(Objective[Decoder]):
     """Cross-entropy in nats over the trained tokens of ``training``; held-out splits are read in the same way.
 
-    For mixtures of experts, ``balance_loss`` and ``z_loss`` weigh what keeps the router even and small.
+    For a mixture of experts the losses that keep its routers even and small are added, weighed as its configuration
+    says; the log shows them apart too. They are of one micro-batch each: how even a router is depends on what it sees.
     """
 
     training: PackedRows
     held_out: dict[str, PackedRows]
     evaluate_rows: int
     micro_rows: int
-    balance_loss: float = 0.0
-    z_loss: float = 0.0
 
     def loss(self, model: Decoder, first_row: int, rows: int) -> Loss:
-        """See :meth:`gale.train.stage.Objective.loss`; the logged loss is the cross-entropy alone."""
+        """See :meth:`gale.train.stage.Objective.loss`."""
         batch = self.training.batch(first_row, rows)
-        nats: Tensor = -trained_logprobs(model, batch).sum()
+        total: Tensor = -trained_logprobs(model, batch).sum()
         items = batch.trained_tokens
-        return Loss(nats, items, len(batch.ids_N), {})
+        sums = {}
+        for name, loss in model.auxiliary_losses().items():
+            total = total + getattr(model.config.experts, name) * items * loss
+            sums[name] = items * float(loss.detach())
+        return Loss(total, items, len(batch.ids_N), sums)
 
     def describe(self, first_row: int, rows: int) -> str:
         """The documents of these rows."""

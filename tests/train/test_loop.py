@@ -426,3 +426,16 @@ def test_the_first_line_tells_where_the_run_comes_from(prepared: Path, tmp_path:
     assert first["header"]["recipe"]["steps"] == 6
     assert first["header"]["machine"]["torch"] == torch.__version__
     assert [row["step"] for row in rest] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_mixture_of_experts_trains_with_its_routers_kept_even(prepared: Path, tmp_path: Path) -> None:
+    experts = {"count": 4, "per_token": 2, "intermediate_size": 16, "balance_loss": 0.05}
+    shape = recipe(prepared).model.model_dump(mode="json") | {"experts": experts}
+    pretrain(recipe(prepared, steps=40, model=shape, evaluate_every=40), tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert (
+        rows[-1]["balance_loss"] < 1.1 * experts["per_token"]
+    )  # per_token is perfectly even, count is one expert alone
+    assert rows[-1]["held_out"]["english"] < rows[-1]["loss"] + 1
+    assert load_model(tmp_path / "run/model", dtype=torch.float32).config.experts.count == 4
