@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from gale.cli.options import (
     output_folder,
     read_recipe,
 )
+from gale.core import files
 
 app = typer.Typer(help="Train a tokenizer or a model.", no_args_is_help=True)
 
@@ -68,6 +69,24 @@ def sft(
     settings = read_recipe(recipe, SftRecipe, overrides, dry_run)
     folder = output_folder(out, "sft", resume=resume)
     _report(run(settings, folder, resume=resume), folder)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: the --out of a training command.")],
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the metrics as TensorBoard event files.")
+    ] = False,
+) -> None:
+    """Make a run's report.html again from its metrics: when it is done, while it goes on, or after it was killed."""
+    from gale.train.report import write_report
+
+    run = files.resolve(run)
+    typer.echo(f"Written to {write_report(run)}")
+    if tensorboard:
+        from gale.train.tensorboard import write_tensorboard
+
+        typer.echo(f"Written to {write_tensorboard(run)}; look at it with: tensorboard --logdir {run}")
 
 
 def _report(summary: dict[str, Any], folder: Path) -> None:
