@@ -1,85 +1,95 @@
-"""A run's ``metrics.jsonl`` read back: the one file from which everything about a run can be told.
+"""``metrics.jsonl``: what a run did, one JSON object a line, from which its report is made.
 
-Its first line may be ``{"header": {...}}`` with what the run is (stage, recipe, machine, commit ...); a resumed run may
-add another. Every other line is one step, ``{"step": ..., "tokens": ..., "loss": ..., ...}``, with any further numbers
-and tables of numbers, such as the held-out losses, and now and then ``"samples": [{"prompt": ..., "text": ...}]``.
+The first line is a header: ``{"header": {"stage", "started", "gale", "commit", "machine", "recipe", ...}}``. Each
+further line is a step.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field
+import os
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gale.core.errors import DataError
+import gale
+from gale.core import files
 
 METRICS = "metrics.jsonl"
-AXES = ("step", "tokens")  # what other numbers are drawn over
 
 
-@dataclass(slots=True)
-class RunLog:
-    """What a run wrote down: one row a step in their order, the newest header, and how often it was started."""
+class MetricsLog:
+    """Appends a line a step; lines past a resumed step are dropped, they will be computed again.
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    header: dict[str, Any] = field(default_factory=dict)
-    starts: int = 0
-    unreadable_lines: int = 0
-
-    def series(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Every number of the rows by name, as row indices and values; tables are taken apart into ``table/name``."""
-        found: dict[str, tuple[list[int], list[float]]] = {}
-        for index, row in enumerate(self.rows):
-            for name, value in numbers_of(row).items():
-                indices, values = found.setdefault(name, ([], []))
-                indices.append(index)
-                values.append(value)
-        return found
-
-
-def read_metrics(run: Path) -> RunLog:
-    """The metrics of the run in folder ``run``, which may still be going on or have been killed within a line.
-
-    Raises :class:`DataError` where there are none.
+    A line is on disk, or lost, as the system likes; :meth:`sync` makes what was appended survive a power cut.
     """
-    path = run / METRICS
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{run} holds no {METRICS}.", hint="Give the folder of a run, the --out of `gale train`."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    log, rows = RunLog(), {}
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
+
+    def __init__(self, path: Path, keep_until: int, header: dict[str, Any]) -> None:
+        kept = list(read_metrics(path)) if keep_until and path.is_file() else []
+        headers = [row for row in kept if "header" in row]
+        self._rows = [row for row in kept if row.get("step", keep_until + 1) <= keep_until]
+        self._path = path
+        lines = [*(headers[:1] or [{"header": header}]), *self._rows]
+        files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write the row of one step."""
+        self._rows.append(row)
+        with files.explain_disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def sync(self) -> None:
+        """Wait until all rows are on disk."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def last(self) -> dict[str, Any] | None:
+        """The newest row."""
+        return self._rows[-1] if self._rows else None
+
+    def total(self, key: str) -> float:
+        """The sum of one figure over all rows."""
+        return float(sum(row[key] for row in self._rows))
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Header and rows of a metrics file, up to the half line that a killed run may leave."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            content = json.loads(line)
-            if not isinstance(content, dict):
-                raise ValueError("not an object")
-            if "header" in content:
-                started = log.header.get("started", content["header"].get("started"))
-                log.header = {**content["header"], "started": started}
-                log.starts += 1
-            else:
-                rows[int(content["step"])] = content  # a step done again after a resume replaces the first
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number < len(lines) - 1:  # half a last line is what a kill leaves, or a step that is being written
-                log.unreadable_lines += 1
-    log.rows = [rows[step] for step in sorted(rows)]
-    return log
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(row, dict):
+            return
+        yield row
 
 
-def numbers_of(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a row, without those that others are drawn over."""
-    found: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            found |= numbers_of(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and math.isfinite(value) and (prefix or key not in AXES):
-            found[prefix + key] = float(value)
-    return found
+def header(stage: str, recipe: dict[str, Any], machine: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Where, when and from what a run was started."""
+    return {
+        "stage": stage,
+        "started": datetime.now(tz=UTC).isoformat(timespec="seconds"),
+        "gale": gale.__version__,
+        "commit": _commit(),
+        "machine": machine,
+        **facts,
+        "recipe": recipe,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, None where it is installed without one."""
+    folder = Path(gale.__file__).parent
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None

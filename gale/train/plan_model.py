@@ -154,12 +154,18 @@ def from_folder(folder: Path) -> PlannedModel:
             tied=bool(content.get("tie_word_embeddings", False)),
             experts=experts,
             experts_per_token=int(content.get("num_experts_per_tok") or 0),
-            expert_layers=layers - len(content.get("mlp_only_layers") or []),
+            expert_layers=_expert_layers(content, layers),
             expert_intermediate=width,
             shared_intermediate=int(content.get("shared_expert_intermediate_size") or 0) if experts else 0,
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(f"{folder / 'config.json'} is not that of a decoder Gale can plan for: {error!r}") from error
+
+
+def _expert_layers(content: dict[str, Any], layers: int) -> int:
+    """How many layers have experts: every ``decoder_sparse_step``-th but those in ``mlp_only_layers`` (Qwen-MoE)."""
+    dense, every = content.get("mlp_only_layers") or [], int(content.get("decoder_sparse_step") or 1)
+    return sum((layer + 1) % every == 0 and layer not in dense for layer in range(layers))
 
 
 def vocabulary_of(data: Path) -> int | None:

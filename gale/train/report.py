@@ -13,7 +13,7 @@ from typing import Any
 from gale.core import files
 from gale.core.charts import Line, inline_chart, smooth, standalone_chart
 from gale.core.page import Markup, code, facts, figures, folded, page, section, table, tiles
-from gale.train.metrics import RunLog, read_metrics
+from gale.train.run_log import RunLog, read_run
 
 REPORT = "report.html"
 _TITLES = {  # of what every run measures, with units; anything else is called by its own name
@@ -29,7 +29,7 @@ _SAMPLES_FROM_STEPS = 6
 
 def write_report(run: Path) -> Path:
     """Write ``report.html`` into the folder of a run and return its path. Raises :class:`DataError` without metrics."""
-    log = read_metrics(run)
+    log = read_run(run)
     header = _header(run, log)
     recipe: dict[str, Any] = header.pop("recipe", None) or {}
     parts: list[Markup] = [tiles(_tiles(log, header))]
@@ -51,7 +51,7 @@ def write_report(run: Path) -> Path:
 
 def plot_curves(metrics: Path, out: Path, *, title: str) -> None:
     """Draw training and held-out loss over tokens as an SVG file, for model cards."""
-    lines, x_label = _loss_lines(read_metrics(metrics.parent))
+    lines, x_label = _loss_lines(read_run(metrics.parent))
     files.write_bytes(out, standalone_chart(lines, title=title, x_label=x_label, y_label="loss (nats per token)"))
 
 

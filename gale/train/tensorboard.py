@@ -11,7 +11,8 @@ from typing import Any
 
 from gale.core import files
 from gale.core.errors import GaleError
-from gale.train.metrics import numbers_of, read_metrics
+from gale.train.metrics import METRICS
+from gale.train.run_log import numbers_of, read_run
 
 FOLDER = "tensorboard"
 
@@ -48,11 +49,11 @@ class TensorBoardLog:
 
 def write_tensorboard(run: Path) -> Path:
     """Turn the metrics of a run into event files in its folder ``tensorboard``, in place of any that are there."""
-    log = read_metrics(run)
+    log = read_run(run)
     try:
         time = datetime.fromisoformat(str(log.header.get("started"))).timestamp()
     except ValueError:
-        time = (run / "metrics.jsonl").stat().st_mtime - sum(row.get("seconds", 0.0) for row in log.rows)
+        time = (run / METRICS).stat().st_mtime - sum(row.get("seconds", 0.0) for row in log.rows)
     with files.new_directory(run / FOLDER) as folder:
         writer = TensorBoardLog(folder)
         for row in log.rows:

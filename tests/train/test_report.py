@@ -15,9 +15,9 @@ import pytest
 
 from gale.core.charts import smooth, thin
 from gale.core.errors import DataError, GaleError
-from gale.train.metrics import read_metrics
 from gale.train.pretrain import pretrain
 from gale.train.report import plot_curves, to_toml, write_report
+from gale.train.run_log import read_run
 from gale.train.tensorboard import TensorBoardLog, write_tensorboard
 from tests.train.runs import recipe
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
 def test_a_resumed_run_counts_a_step_done_twice_once(tmp_path: Path) -> None:
     again = {"header": HEADER | {"started": "2026-02-02T00:00:00+00:00", "commit": "fedcba9"}}
     run = written(tmp_path / "run", {"header": HEADER}, *rows(40), again, *rows(60)[30:])
-    log = read_metrics(run)
+    log = read_run(run)
     assert [row["step"] for row in log.rows] == list(range(1, 61))
     words = Page(write_report(run)).words
     assert "2026-01-02T03:04:05+00:00 and resumed 1x" in words
