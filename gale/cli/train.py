@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from gale.cli.options import (
     output_folder,
     read_recipe,
 )
+from gale.core import files
 from gale.core.recipe import Recipe
 
 app = typer.Typer(help="Train a tokenizer or a model.", no_args_is_help=True)
@@ -94,6 +95,24 @@ def _run(
 
     gpus = torch.cuda.is_available()
     return run_on_ray(train, recipe, folder, resume=resume, address=ray, workers=workers, gpus=gpus)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: the --out of a training command.")],
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the metrics as TensorBoard event files.")
+    ] = False,
+) -> None:
+    """Make a run's report.html again from its metrics: when it is done, while it goes on, or after it was killed."""
+    from gale.train.report import write_report
+
+    run = files.resolve(run)
+    typer.echo(f"Written to {write_report(run)}")
+    if tensorboard:
+        from gale.train.tensorboard import write_tensorboard
+
+        typer.echo(f"Written to {write_tensorboard(run)}; look at it with: tensorboard --logdir {run}")
 
 
 def _report(summary: dict[str, Any], folder: Path) -> None:

@@ -27,8 +27,10 @@ from gale.train.checkpoints import load_checkpoint, save_checkpoint
 from gale.train.metrics import METRICS, MetricsLog, header
 from gale.train.optim import MasterWeights, learning_rate
 from gale.train.parallel import World, joined, shard
-from gale.train.report import plot_curves
+from gale.train.report import plot_curves, write_report
 from gale.train.stage import ModelType, Stage
+from gale.train.tensorboard import FOLDER as TENSORBOARD
+from gale.train.tensorboard import TensorBoardLog
 
 _LOCK = "run.lock"
 _BROKEN_HINT = (
@@ -94,6 +96,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
         files.write_json(out / "recipe.json", resolved)
         about = header(stage.name, resolved, machine, compute=compute.reason, parameters=parameters, **stage.facts)
         metrics = MetricsLog(out / METRICS, start, about)
+    board = TensorBoardLog(out / TENSORBOARD, keep_until=start) if world.main and recipe.tensorboard else None
     result: dict[str, Any] = {}
 
     with Bar(stage.name, recipe.steps, start, silent=not world.main) as bar:
@@ -164,6 +167,8 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                     bar.say(f"step {done}: {sample['prompt']} > {sample['text']}")
             if metrics:
                 metrics.append(row)
+            if board:
+                board.append(row)
             bar.advance(f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s")
 
             # Save.
@@ -175,6 +180,8 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                         save_checkpoint(out, done, state, facts, machine, keep=recipe.keep_checkpoints)
             result = row
 
+    if board:
+        board.close()
     return _finish(stage, model, optimiser, out, metrics, result, tokens, compute, world)
 
 
@@ -278,4 +285,5 @@ def _finish(
         }
         files.write_json(out / "summary.json", summary)
         plot_curves(out / METRICS, out / "curves.svg", title=stage.name)
+        write_report(out)
     return summary

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: what a run did, one JSON object a line, from which its report is made.
+"""``metrics.jsonl``: what a run did, one JSON object a line, from which :mod:`gale.train.report` makes its report.
 
 The first line is a header: ``{"header": {"stage", "started", "gale", "commit", "machine", "recipe", ...}}``. Each
 further line is a step.
@@ -27,7 +27,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, keep_until: int, header: dict[str, Any]) -> None:
-        kept = list(read_metrics(path)) if keep_until and path.is_file() else []
+        kept = list(_read(path)) if keep_until and path.is_file() else []
         headers = [row for row in kept if "header" in row]
         self._rows = [row for row in kept if row.get("step", keep_until + 1) <= keep_until]
         self._path = path
@@ -54,7 +54,7 @@ class MetricsLog:
         return float(sum(row[key] for row in self._rows))
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     """Header and rows of a metrics file, up to the half line that a killed run may leave."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
