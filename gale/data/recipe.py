@@ -57,9 +57,10 @@ class Source(Recipe):
     path: Path = Field(description="JSON lines, plain or packed as .gz or .zst.")
     licence: str = Field(min_length=1, description="Goes into the manifest and the model card.")
     origin: str = Field(min_length=1, description="Where the text comes from; goes into the manifest.")
-    format: Literal["text", "chat", "parallel", "qa"] = Field(
+    format: Literal["text", "chat", "parallel", "qa", "preference"] = Field(
         default="text",
-        description="text: {text}; chat: {messages}; parallel: {en, zh}; qa: {context, question, answers}.",
+        description="text: {text}; chat: {messages}; parallel: {en, zh}; qa: {context, question, answers}; "
+        "preference: {prompt, chosen, rejected}.",
     )
     split: str = Field(
         default="train", pattern=r"^[a-z][a-z0-9_]*$", description="train, or the name of a held-out split."
@@ -85,6 +86,13 @@ class DataRecipe(Recipe):
     replace: dict[str, str] = Field(default={}, description="Placeholders in the data and what stands for them.")
     shard_tokens: int = Field(default=2**26, ge=1024, description="Most tokens in one shard file.")
     sources: tuple[Source, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _pairs_apart(self) -> DataRecipe:
+        for split in {source.split for source in self.sources}:
+            if len({source.format == "preference" for source in self.sources if source.split == split}) > 1:
+                raise ValueError(f"the split {split!r} mixes sources of the format preference with others")
+        return self
 
 
 class TokenizerRecipe(Recipe):

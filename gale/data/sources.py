@@ -28,10 +28,22 @@ _ZSTD_READ = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Running text, or a conversation."""
+    """Running text, or a conversation, or a preference: a conversation and what its last answer is preferred to.
+
+    Of a conversation with ``last_only`` just the last answer is trained.
+    """
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    rejected: str | None = None
+    last_only: bool = False
+
+    def halves(self) -> tuple[Document, ...]:
+        """The conversation with the preferred and the one with the rejected answer; any other document is itself."""
+        if self.rejected is None:
+            return (self,)
+        answers = (self.messages[-1], Message(role="assistant", content=self.rejected))
+        return tuple(Document(messages=(*self.messages[:-1], answer), last_only=True) for answer in answers)
 
 
 def read_documents(source: Source, *, replace: Mapping[str, str], seed: int) -> Iterator[Document]:
@@ -53,13 +65,28 @@ def _document(row: dict[str, Any], source: Source, replace: Mapping[str, str]) -
         return Document(text=_filled(f"{_text(row, 'en')}\n{_text(row, 'zh')}", replace))
     if row.get("tools"):
         return None  # conversations with tools come with the tool-calling stage
+    if source.format == "preference":
+        return _preference(row, replace)
+    return Document(messages=_messages(row["messages"], replace))
+
+
+def _preference(row: dict[str, Any], replace: Mapping[str, str]) -> Document:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    chosen, rejected = (_filled(_text(row, key), replace) for key in ("chosen", "rejected"))
+    answer = Message(role="assistant", content=chosen)
+    return Document(messages=(*_messages(prompt, replace), answer), rejected=rejected)
+
+
+def _messages(rows: list[dict[str, Any]], replace: Mapping[str, str]) -> tuple[Message, ...]:
     messages = []
-    for message in row["messages"]:
+    for message in rows:
         if message["role"] not in _ROLES:
             raise ValueError(f"unknown role {message['role']!r}")
         content = "" if message["content"] is None else _text(message, "content")
         messages.append(Message(role=message["role"], content=_filled(content, replace)))
-    return Document(messages=tuple(messages))
+    return tuple(messages)
 
 
 @contextlib.contextmanager

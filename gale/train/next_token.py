@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from gale.core.errors import DataError
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.transformer import Decoder
 from gale.train.batches import PackedRows
@@ -69,10 +70,14 @@ def next_token(
 ) -> NextToken:
     """The objective over prepared data: its split ``train`` is trained on, all others are held out."""
 
-    def rows(split: str) -> PackedRows:
-        return PackedRows(
-            TokenSplit(data, split), row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on=loss_on, long=long
-        )
+    def rows(name: str) -> PackedRows:
+        split = TokenSplit(data, name)
+        if split.pairs:
+            raise DataError(
+                f"The split {name!r} of {data} holds preferences, half of whose answers are the worse ones.",
+                hint="Train on them with `gale train reward` or `gale train dpo`.",
+            )
+        return PackedRows(split, row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on=loss_on, long=long)
 
     held_out = {name: rows(name) for name in read_manifest(data)["splits"] if name != "train"}
     return NextToken(rows("train"), held_out, recipe.evaluate_rows, recipe.micro_rows)
