@@ -43,7 +43,7 @@ def recipe(data: Path, **changes: Any) -> PretrainRecipe:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The metrics of a run without timing."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows if "step" in row]
 
 
 def start_gale(*arguments: str | Path, home: Path) -> subprocess.Popen[str]:
