@@ -6,7 +6,8 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -126,13 +127,36 @@ def _explain(detail: dict[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _field_names(kind: Any, location: Sequence[str | int]) -> list[str]:
-    """Names valid at ``location`` below ``kind``, looking through lists, tuples and optionals."""
+    """Names valid at ``location`` below ``kind``, looking through lists, tuples, optionals and tagged unions."""
     for part in location:
-        if isinstance(part, str):
+        if isinstance(part, str) and (tagged := _tagged(kind, part)):
+            kind = tagged
+        elif isinstance(part, str):
             field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
             if field is None:
                 return []
             kind = field.annotation
-        while not hasattr(kind, "model_fields") and get_args(kind):
-            kind = next((choice for choice in get_args(kind) if hasattr(choice, "model_fields")), get_args(kind)[0])
+        while not _is_recipe(kind) and get_args(kind) and len(list(filter(_is_recipe, _members(kind)))) < 2:
+            kind = next(filter(_is_recipe, get_args(kind)), get_args(kind)[0])
     return list(kind.model_fields) if hasattr(kind, "model_fields") else []
+
+
+def _is_recipe(kind: Any) -> bool:
+    return hasattr(kind, "model_fields")
+
+
+def _members(kind: Any) -> list[Any]:
+    """The choices of a union, without what is annotated to them."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) not in (Union, UnionType):
+        return []
+    return [get_args(choice)[0] if get_origin(choice) is Annotated else choice for choice in get_args(kind)]
+
+
+def _tagged(kind: Any, tag: str) -> Any:
+    """The member of a tagged union that has ``tag`` as one of its literal values."""
+    for member in _members(kind):
+        if _is_recipe(member) and any(tag in get_args(field.annotation) for field in member.model_fields.values()):
+            return member
+    return None

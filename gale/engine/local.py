@@ -21,6 +21,7 @@ from gale.engine.request import (
     EngineOverloadedError,
     Event,
     Finished,
+    PromptError,
     PromptScores,
     SamplingParams,
 )
@@ -113,7 +114,9 @@ class LocalEngine:
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
         if not prompt:
-            raise ValueError("a prompt has at least one token")
+            raise PromptError("A prompt needs at least one token.")
+        if not 0 <= min(prompt) <= max(prompt) < self._model.config.vocabulary_size:
+            raise PromptError(f"This model's tokens are numbered from 0 to {self._model.config.vocabulary_size - 1}.")
         return self._run(prompt, sampling)
 
     async def _run(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
