@@ -21,7 +21,7 @@ from gale.cli.options import (
     read_recipe,
 )
 from gale.core import files
-from gale.core.recipe import Recipe
+from gale.core.recipe import Completion, Recipe
 
 app = typer.Typer(help="Train a tokenizer or a model.", no_args_is_help=True)
 
@@ -47,6 +47,12 @@ def pretrain(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     out: OutOption = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Derive what the recipe does not say from this many layers, and print it.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="The same from the floating-point operations to spend, for example 1e15.")
+    ] = None,
     resume: ResumeOption = False,
     ray: RayOption = None,
     workers: WorkersOption = 1,
@@ -59,7 +65,8 @@ def pretrain(
     from gale.train.pretrain import pretrain as run
     from gale.train.recipe import PretrainRecipe
 
-    settings = read_recipe(recipe, PretrainRecipe, overrides, dry_run)
+    turned = None if depth is None and flops is None else _dial(depth, flops, dry_run)
+    settings = read_recipe(recipe, PretrainRecipe, overrides, dry_run, turned)
     folder = output_folder(out, "pretrain", resume=resume)
     _report(_run(run, settings, folder, resume, ray, workers), folder)
 
@@ -115,6 +122,31 @@ def report(
         typer.echo(f"Written to {write_tensorboard(run)}; look at it with: tensorboard --logdir {run}")
 
 
+def _dial(depth: int | None, flops: float | None, dry_run: bool) -> Completion:
+    """What completes a recipe by the dial, and prints every value with its reason."""
+
+    def complete(content: dict[str, Any], find: Callable[[str], Path]) -> None:
+        from rich.table import Table
+
+        from gale.core.progress import console
+        from gale.train.dial import dial_recipe
+        from gale.train.report import count
+
+        if not isinstance(content.get("data"), str):
+            return  # which the check of the recipe will say
+        dial = dial_recipe(content, find(content["data"]), depth=depth, flops=flops, prepare=not dry_run)
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(style="dim")
+        for key, value in dial.values.items():
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value}", dial.reasons[key])
+        console.print(table)
+        console.print(f"{count(dial.parameters)} parameters, {count(dial.tokens)} tokens, {dial.flops:.3g} FLOPs")
+
+    return complete
+
+
 def _report(summary: dict[str, Any], folder: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes one talks
@@ -125,4 +157,4 @@ def _report(summary: dict[str, Any], folder: Path) -> None:
         typer.echo("The run was complete already, but its metrics.jsonl is gone, and its losses with it.")
     for name, loss in final.get("held_out", {}).items():
         typer.echo(f"{name}: {loss:.4f} nats per token")
-    typer.echo(f"Model written to {folder / 'model'}; curves in {folder / 'curves.svg'}")
+    typer.echo(f"Model written to {folder / 'model'}; report in {folder / 'report.html'}")

@@ -84,6 +84,7 @@ def test_the_loss_falls_and_everything_a_run_leaves_is_there(prepared: Path, tmp
     assert summary["final"]["loss"] == rows[-1]["loss"]
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     assert (tmp_path / "run/curves.svg").read_text().startswith("<?xml")
+    assert "english" in (tmp_path / "run/report.html").read_text()
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000038", "step-00000040"]
 
 
@@ -425,7 +426,7 @@ def test_the_first_line_tells_where_the_run_comes_from(prepared: Path, tmp_path:
     assert first["header"]["stage"] == "pretrain"
     assert first["header"]["recipe"]["steps"] == 6
     assert first["header"]["machine"]["torch"] == torch.__version__
-    assert [row["step"] for row in rest] == [1, 2, 3, 4, 5, 6]
+    assert [row.get("step", "resumed") for row in rest] == [1, 2, 3, 4, 5, 6, "resumed"]
 
 
 def test_a_mixture_of_experts_trains_with_its_routers_kept_even(prepared: Path, tmp_path: Path) -> None:
