@@ -61,6 +61,8 @@ class MixtureOfExperts(nn.Module):
         self.experts = ExpertWeights(config.experts.count, config.hidden_size, config.experts.intermediate_size)
         self.losses: dict[str, Tensor] = {}
 
+    # torch.compile would compile anew for every split of tokens among experts, until it gives up.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_NC: Tensor) -> Tensor:
         logits_NE = self.gate(x_NC)
         weights_NJ, chosen_NJ = route(logits_NE, self.per_token, normalise=self.normalise)

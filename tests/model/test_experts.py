@@ -144,6 +144,24 @@ def test_recomputing_activations_changes_no_gradient(mixture: Decoder) -> None:
     torch.testing.assert_close(gradients(recompute=True), gradients(recompute=False))
 
 
+@pytest.mark.slow
+def test_compiled_it_gives_the_same_whatever_the_split_among_experts(mixture: Decoder) -> None:
+    def loss(ids: Tensor) -> Tensor:
+        return hidden(mixture, ids).square().mean() + sum(mixture.auxiliary_losses().values())
+
+    parameters = list(mixture.train().parameters())
+    compiled = torch.compile(loss)
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for seed in range(4):
+        ids = some_ids(40, seed)
+        expected = torch.autograd.grad(loss(ids), parameters, allow_unused=True)  # the head is not in this loss
+        given = torch.autograd.grad(compiled(ids), parameters, allow_unused=True)
+        torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[0], "another split compiles nothing anew"
+
+
 def test_an_expert_that_no_token_chose_has_a_gradient_of_zero(mixture: Decoder) -> None:
     layer: Any = mixture.train().layers[0].mlp
     layer(torch.randn(1, mixture.config.hidden_size)).sum().backward()
