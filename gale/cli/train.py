@@ -72,6 +72,32 @@ def pretrain(
 
 
 @app.command()
+def grow(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    only: Annotated[bool, typer.Option("--only", help="Write the grown model and stop, without training it.")] = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Make a trained model deeper, wider or a mixture of experts, and train it on.
+
+    It begins where its base stands: the function is kept, unless the recipe asks for a growth that cannot keep it.
+    """
+    from gale.train.grow import grow as run
+    from gale.train.grow import grow_only
+    from gale.train.recipe import GrowRecipe
+
+    settings = read_recipe(recipe, GrowRecipe, overrides, dry_run)
+    folder = output_folder(out, "grow", resume=resume)
+    if only:
+        grow_only(settings, folder / "model")
+        typer.echo(f"Model written to {folder / 'model'}")
+    else:
+        _report(run(settings, folder, resume=resume), folder)
+
+
+@app.command()
 def sft(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,

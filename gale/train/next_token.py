@@ -22,8 +22,8 @@ from gale.train.stage import Loss, Objective
 class NextToken(Objective[Decoder]):
     """Cross-entropy in nats over the trained tokens of ``training``; held-out splits are read in the same way.
 
-    For a mixture of experts the losses that keep its routers even and small are added, weighed as its configuration
-    says; the log shows them apart too. They are of one micro-batch each: how even a router is depends on what it sees.
+    A mixture of experts is also trained to keep its routers even and small, as its configuration weighs that; the loss
+    that is logged stays the cross-entropy. How even a router is depends on what it sees: one micro-batch at a time.
     """
 
     training: PackedRows
@@ -34,13 +34,13 @@ class NextToken(Objective[Decoder]):
     def loss(self, model: Decoder, first_row: int, rows: int) -> Loss:
         """See :meth:`gale.train.stage.Objective.loss`."""
         batch = self.training.batch(first_row, rows)
-        total: Tensor = -trained_logprobs(model, batch).sum()
+        nats: Tensor = -trained_logprobs(model, batch).sum()
         items = batch.trained_tokens
-        sums = {}
-        for name, loss in model.auxiliary_losses().items():
-            total = total + getattr(model.config.experts, name) * items * loss
-            sums[name] = items * float(loss.detach())
-        return Loss(total, items, len(batch.ids_N), sums)
+        routers = {name: value * items for name, value in model.auxiliary_losses().items()}
+        for name, value in routers.items():
+            weighted = getattr(model.config.experts, name) * value
+            nats = nats + (weighted - weighted.detach())  # its gradient without its value
+        return Loss(nats, items, len(batch.ids_N), {name: float(value.detach()) for name, value in routers.items()})
 
     def describe(self, first_row: int, rows: int) -> str:
         """The documents of these rows."""

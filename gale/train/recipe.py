@@ -127,3 +127,46 @@ class SftRecipe(StageRecipe):
     """``gale train sft``: a chat model from a base model and conversations (supervised fine-tuning)."""
 
     base: Path = Field(description="Model folder to start from.")
+
+
+class GrownExperts(Recipe):
+    """The experts that each feed-forward becomes: copies of it, as large as it is."""
+
+    count: int = Field(ge=2, description="Experts of a layer.")
+    per_token: int = Field(ge=1, description="Experts that compute a token.")
+    redrawn: float = Field(
+        default=0.0, ge=0, le=1, description="Share of each expert's units drawn anew; above 0 the function changes."
+    )
+    balance_loss: float = Field(default=0.01, ge=0, description="Weight of the load-balancing loss.")
+    z_loss: float = Field(default=0.001, ge=0, description="Weight of the router z-loss.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> GrownExperts:
+        if self.per_token > self.count:
+            raise ValueError(f"per_token ({self.per_token}) must not exceed count ({self.count})")
+        return self
+
+
+class Growth(Recipe):
+    """What becomes larger, and how; what is not named stays. With nothing named, the base is trained on as it is."""
+
+    layers: int | None = Field(default=None, ge=1)
+    placement: Literal["top", "interleave"] = Field(
+        default="top", description="New layers: the stack again on top, or each copy above its original."
+    )
+    preserve: bool = Field(
+        default=True, description="New layers are silent at first; false copies them whole, which changes the function."
+    )
+    hidden_size: int | None = Field(default=None, ge=8, multiple_of=8)
+    intermediate_size: int | None = Field(default=None, ge=8, multiple_of=8)
+    heads: int | None = Field(default=None, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    noise: float = Field(default=0.3, ge=0, le=1, description="Cancelling noise that lets copies part; wider only.")
+    experts: GrownExperts | None = None
+
+
+class GrowRecipe(StageRecipe):
+    """``gale train grow``: a larger model from a trained one, and its training on text."""
+
+    base: Path = Field(description="Model folder to grow.")
+    grow: Growth
