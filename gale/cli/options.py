@@ -25,6 +25,11 @@ OutOption = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result.  [default: a new one under GALE_HOME/runs]")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address ('local' starts one here)."),
+]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes on the Ray cluster.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)

@@ -15,11 +15,14 @@ _PLAIN_INTERVAL_SECONDS = 30.0
 
 
 class Bar:
-    """Progress of one piece of work over ``total`` steps; ``note`` is free text such as the loss."""
+    """Progress of one piece of work over ``total`` steps; ``note`` is free text such as the loss.
 
-    def __init__(self, title: str, total: int, start: int = 0) -> None:
-        self._title, self._total, self._done = title, total, start
-        self._live = sys.stderr.isatty()
+    ``silent`` shows nothing: of several processes at one piece of work only one talks.
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, *, silent: bool = False) -> None:
+        self._title, self._total, self._done, self._silent = title, total, start, silent
+        self._live = sys.stderr.isatty() and not silent
         self._last_plain = time.monotonic()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -47,7 +50,7 @@ class Bar:
         """Count ``steps`` as done."""
         self._done += steps
         self._progress.update(self._task, completed=self._done, note=note)
-        if not self._live and (
+        if not (self._live or self._silent) and (
             time.monotonic() - self._last_plain > _PLAIN_INTERVAL_SECONDS or self._done == self._total
         ):
             self._last_plain = time.monotonic()
@@ -55,4 +58,6 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
+        if self._silent:
+            return
         self._progress.console.print(text, soft_wrap=True, markup=False)

@@ -99,6 +99,16 @@ class TokenSplit:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def name_of(self, index: int) -> str:
+        """How a person finds a document again: its number in the split and in the source that it came from."""
+        first = 0
+        for source in self.manifest.get("sources", []):
+            if source["split"] == self.name:
+                if index < first + source["documents"]:
+                    return f"{self.name} {index} (number {index - first} kept of {source['file']})"
+                first += source["documents"]
+        return f"{self.name} {index}"
+
     def lengths(self) -> npt.NDArray[np.int64]:
         """Token count of every document."""
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(shard.bounds) for shard in self._shards)])

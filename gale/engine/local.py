@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -20,6 +21,7 @@ from gale.engine.request import (
     EngineOverloadedError,
     Event,
     Finished,
+    PromptScores,
     SamplingParams,
 )
 from gale.engine.sequence import Sequence
@@ -86,20 +88,44 @@ class LocalEngine:
         """Tokens the model would read before answering ``messages``."""
         return len(self._prompt(messages))
 
+    def encode(self, text: str) -> list[int]:
+        """See :meth:`gale.engine.request.Engine.encode`."""
+        self._refuse_megabytes(len(text))
+        return self._tokenizer.encode(text, control_tokens=True)
+
+    def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
+        """See :meth:`gale.engine.request.Engine.token_bytes`."""
+        return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
+
     async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
         prompt = await asyncio.to_thread(self._prompt, messages)
+        events = self._run(prompt, replace(sampling, prompt_logprobs=False))
+        try:
+            async for event in events:
+                assert not isinstance(event, PromptScores), "not asked for"
+                yield event
+        finally:
+            await events.aclose()
+
+    def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
+        """See :meth:`gale.engine.request.Engine.complete`."""
+        if not prompt:
+            raise ValueError("a prompt has at least one token")
+        return self._run(prompt, sampling)
+
+    async def _run(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         room = self.context_length - len(prompt)
-        if room < 1:
+        if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
         if self._unfinished >= MAX_UNFINISHED:
             raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
         if self._closing or not self._thread.is_alive():
             raise EngineFailedError("The engine has stopped.")
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        events: asyncio.Queue[PromptScores | Event | Exception] = asyncio.Queue()
 
-        def emit(event: Event | Exception) -> None:
+        def emit(event: PromptScores | Event | Exception) -> None:
             # The loop may be gone when the server stops in the middle of an answer.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
@@ -126,10 +152,13 @@ class LocalEngine:
 
         Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
         """
-        least = _characters(messages) // self._tokenizer.longest_token_characters
-        if least >= self.context_length:
-            raise ContextLengthError(least, self.context_length, at_least=True)
+        self._refuse_megabytes(_characters(messages))
         return self._template.prompt(messages)
+
+    def _refuse_megabytes(self, characters: int) -> None:
+        least = characters // self._tokenizer.longest_token_characters
+        if least > self.context_length:
+            raise ContextLengthError(least, self.context_length, at_least=True)
 
     async def close(self) -> None:
         """Stop all requests and the thread."""

@@ -1,6 +1,6 @@
 """What a caller asks of an engine and what it gets back.
 
-This is the whole face of the engine: the same four types hold for the in-process engine, for a remote
+This is the whole face of the engine: the same few types hold for the in-process engine, for a remote
 OpenAI-compatible server and for replicas, so nothing above this room knows which one answers.
 """
 
@@ -44,6 +44,10 @@ class SamplingParams:
     keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020). A ``seed`` makes the
     answer reproducible regardless of what else runs in the batch. ``stop`` strings end the answer and are
     never part of it.
+
+    ``logprobs`` N asks for each token's log-probability and for the N likeliest tokens beside it (0 for none);
+    ``prompt_logprobs`` asks the same of the prompt's tokens, for :meth:`Engine.complete` only. They are the model's
+    own, whatever temperature and top-p do.
     """
 
     max_tokens: int | None = None
@@ -51,6 +55,8 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,34 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScore:
+    """One token with its natural log-probability given all before it; None for a first token, which nothing predicts.
+
+    ``top`` holds the likeliest tokens in its place as (id, log-probability), best first.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """The scores of all tokens of the prompt; comes once, before anything of the answer."""
+
+    scores: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
-    """More text of the answer: whole characters only, stop strings held back."""
+    """More text of the answer: whole characters only, stop strings held back.
+
+    Where log-probabilities are asked for, each token brings one of these with its ``score``, and its text may be
+    empty or come later. Without them there is none for a token that shows nothing.
+    """
 
     text: str
+    score: TokenScore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +112,7 @@ Event = TextDelta | Finished
 class Engine(Protocol):
     """A model that answers.
 
-    ``chat`` and ``close`` are called from one asyncio event loop; ``count_prompt_tokens`` from any thread.
+    ``chat``, ``complete`` and ``close`` are called from one asyncio event loop; the others from any thread.
     """
 
     @property
@@ -105,6 +135,25 @@ class Engine(Protocol):
         Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
         step. Raises :class:`ContextLengthError` or :class:`EngineOverloadedError` before the first event and
         :class:`EngineFailedError` at any time.
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a raw prompt, in which control tokens that are spelled out count as such; none are added.
+
+        Raises :class:`ContextLengthError` as :meth:`count_prompt_tokens` does.
+        """
+
+    def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
+        """What one token adds to a text, which may be part of a character; control tokens add nothing unless shown.
+
+        Raises :class:`gale.core.errors.ModelError` for a number that is no token.
+        """
+
+    def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
+        """Continue raw tokens, as :meth:`chat` answers a conversation.
+
+        ``max_tokens`` 0 generates nothing, for those who want the scores of a prompt, which may then fill the whole
+        context. Raises as :meth:`chat` does, and ``ValueError`` for a prompt without tokens.
         """
 
     async def close(self) -> None:

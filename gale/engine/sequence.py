@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 
 from gale.engine.kv_cache import SequenceCache
-from gale.engine.request import Event, Finished, FinishReason, SamplingParams, TextDelta, Usage
+from gale.engine.request import (
+    Event,
+    Finished,
+    FinishReason,
+    PromptScores,
+    SamplingParams,
+    TextDelta,
+    TokenScore,
+    Usage,
+)
 from gale.engine.sampler import Sampler
 from gale.engine.stop import StopScanner
 from gale.text.tokenizer import TokenStream
 
 
 class Sequence:
-    """A prompt and the answer so far. ``emit`` is called with every event, from the engine's thread."""
+    """A prompt and the answer so far. ``emit`` is called with every event, from the engine's thread.
+
+    ``generated`` holds the answer's token ids, an end token among them, and ``logprobs`` their log-probabilities if
+    they were asked for.
+    """
 
     def __init__(
         self,
@@ -22,48 +35,62 @@ class Sequence:
         room: int,
         end_tokens: Set[int],
         stream: TokenStream,
-        emit: Callable[[Event | Exception], None],
+        emit: Callable[[PromptScores | Event | Exception], None],
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet
         self.cache: SequenceCache | None = None  # given when the sequence is admitted
         self.sampler = Sampler(params)
         self.emit = emit
+        self.params = params
+        self.generated: list[int] = []
+        self.logprobs: list[float] = []
         self.cancelled = False
         self.finished = False
         self._prompt_tokens = len(prompt)
-        self._generated = 0
+        self._prompt_scores = [TokenScore(prompt[0], None)]
         self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self.most_tokens = len(prompt) + self._limit
         self._end_tokens = end_tokens
         self._stream = stream
         self._stops = StopScanner(params.stop)
 
-    def accept(self, token: int) -> None:
-        """Take the model's next token: show its text, and finish where it ends the answer."""
-        self._generated += 1
-        if token in self._end_tokens:
-            self._show(self._stops.flush())
-            self.finish("stop")
+    def read(self, scores: list[TokenScore]) -> None:
+        """Take the scores of the prompt's next tokens, and finish after the last one if nothing is to be generated."""
+        self._prompt_scores += scores
+        if self.pending or self.generated:
             return
-        self._show(self._stops.push(self._stream.push(token)))
-        if self._stops.stopped:
-            self.finish("stop")
-        elif self._generated >= self._limit:
-            self._show(self._stops.flush())
+        if self.params.prompt_logprobs:
+            self.emit(PromptScores(tuple(self._prompt_scores)))
+        if self._limit == 0:
             self.finish("length")
+
+    def accept(self, token: int, score: TokenScore | None = None) -> None:
+        """Take the model's next token: show its text, and finish where it ends the answer."""
+        self.generated.append(token)
+        if score is not None and score.logprob is not None:
+            self.logprobs.append(score.logprob)
+        reason: FinishReason | None = None
+        if token in self._end_tokens:
+            text, reason = self._stops.flush(), "stop"
+        else:
+            text = self._stops.push(self._stream.push(token))
+            if self._stops.stopped:
+                reason = "stop"
+            elif len(self.generated) >= self._limit:
+                text, reason = text + self._stops.flush(), "length"
+        if text or score is not None:
+            self.emit(TextDelta(text, score))
+        if reason is not None:
+            self.finish(reason)
         else:
             self.pending = [token]
 
     def finish(self, reason: FinishReason) -> None:
         """End the answer."""
         self.finished = True
-        self.emit(Finished(reason, Usage(self._prompt_tokens, self._generated)))
+        self.emit(Finished(reason, Usage(self._prompt_tokens, len(self.generated))))
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""
         self.finished = True
         self.emit(error)
-
-    def _show(self, text: str) -> None:
-        if text:
-            self.emit(TextDelta(text))

@@ -7,6 +7,7 @@ The heavy work is the ``tokenizers`` library's. Gale adds one rule: control toke
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,11 +38,24 @@ CONTROL_TOKENS = (
     "</think>",
 )
 
+_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+
 # GPT-4's pre-tokenisation as Qwen2 varies it: digits stand alone, so numbers are read place by place.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which byte each character of a byte-level spelling stands for (Radford et al. 2019): printable bytes stand for
+    themselves, the others are counted from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_alphabet()
 
 
 class Tokenizer:
@@ -56,6 +70,7 @@ class Tokenizer:
         self.settings = settings
         added = sorted(backend.get_added_tokens_decoder().items())
         self.control_tokens: list[str] = [token.content for _, token in added]
+        self._added = {number: token.special for number, token in added}
         self.bos_token = _token_text(settings, "bos_token")
         self.eos_token = _token_text(settings, "eos_token")
         self.chat_template = _template_text(settings.get("chat_template"))
@@ -148,6 +163,21 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, control_tokens: bool = False) -> str:
         """Text of ``ids``; control tokens are left out unless asked for."""
         return self._backend.decode(list(ids), skip_special_tokens=not control_tokens)
+
+    def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
+        """What one token adds to a text in UTF-8, which may be part of a character; ``b""`` for a control token
+        unless asked for. Raises :class:`ModelError` where there is no such token.
+        """
+        spelling = self._backend.id_to_token(token)
+        if spelling is None:
+            raise ModelError(f"The vocabulary has no token {token}.")
+        if token in self._added:  # stands as it is; of these, decoding leaves out only those flagged "special"
+            return b"" if self._added[token] and not control_tokens else spelling.encode()
+        if isinstance(self._backend.decoder, decoders.ByteLevel):
+            return bytes(_BYTES[character] for character in spelling)
+        if byte := _BYTE_FALLBACK.fullmatch(spelling):  # how SentencePiece spells the bytes of rare characters
+            return bytes([int(byte[1], 16)])
+        return spelling.replace("\u2581", " ").encode()
 
     def token_id(self, token: str) -> int | None:
         """Id of one token by its text, None where the vocabulary lacks it."""

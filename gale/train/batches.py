@@ -22,6 +22,7 @@ from gale.data.shards import TokenSplit
 
 IGNORED = -100  # the target value that cross-entropy skips
 _OPEN_ROWS = 32
+_SHOWN_DOCUMENTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,15 @@ class PackedRows:
                 lengths.append(end - at)
                 positions[at:end] = np.arange(end - at)
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(positions), lengths)
+
+    def describe(self, first_row: int, rows: int) -> str:
+        """Which documents stand in these rows, with the source of each where the manifest tells."""
+        documents = [
+            int(self._pieces[piece][0]) for row in range(first_row, first_row + rows) for piece in self._row(row)
+        ]
+        shown = [self._split.name_of(document) for document in dict.fromkeys(documents)]
+        more = f" and {len(shown) - _SHOWN_DOCUMENTS} more" if len(shown) > _SHOWN_DOCUMENTS else ""
+        return f"rows {first_row} to {first_row + rows - 1}: {', '.join(shown[:_SHOWN_DOCUMENTS])}{more}"
 
     def rows_of_epoch(self, epoch: int) -> int:
         """Number of rows in one pass over the split."""

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from gale.data.prepare import ready_data
-from gale.data.shards import TokenSplit, read_manifest
+from gale.data.shards import read_manifest
 from gale.model.config import Experts, ModelConfig
 from gale.model.transformer import Decoder
-from gale.train.batches import PackedRows
-from gale.train.loop import Stage, run
+from gale.text.tokenizer import Tokenizer
+from gale.train.loop import run
+from gale.train.model_folder import export_decoder
+from gale.train.next_token import next_token
 from gale.train.recipe import PretrainRecipe
+from gale.train.stage import Stage
 
 
 def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -41,11 +44,14 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict
         model.initialise(recipe.seed)
         return model.to(dtype)
 
-    def rows(split: str) -> PackedRows:
-        return PackedRows(
-            TokenSplit(data, split), row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on="all", long="split"
-        )
-
-    held_out = {name: rows(name) for name in manifest["splits"] if name != "train"}
-    stage = Stage("pretrain", recipe, data, config, fresh, rows("train"), held_out)
+    stage = Stage(
+        name="pretrain",
+        recipe=recipe,
+        data=(data,),
+        facts={"data_fingerprint": manifest["fingerprint"]},
+        build=fresh,
+        objective=next_token(recipe, data, loss_on="all", long="split"),
+        export=lambda model, folder, dtype: export_decoder(model, Tokenizer.load(data / "tokenizer"), folder, dtype),
+        flops_per_token=config.flops_per_token(recipe.row_tokens),
+    )
     return run(stage, out, resume=resume)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,8 +49,11 @@ class Shape(Recipe):
 
 
 class Optimiser(Recipe):
-    """AdamW (Loshchilov & Hutter 2019) and its schedule."""
+    """Muon (Jordan et al. 2024) or AdamW (Loshchilov & Hutter 2019), and the schedule."""
 
+    algorithm: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: for matrices but embedding, head and router; AdamW for all else."
+    )
     learning_rate: float = Field(gt=0)
     schedule: Literal["wsd", "cosine"] = Field(
         default="wsd", description="Warm-up-stable-decay, or cosine after warm-up."
@@ -59,14 +62,24 @@ class Optimiser(Recipe):
     decay_share: float = Field(default=0.3, ge=0, le=1, description="wsd: share of the steps over which it falls.")
     final_share: float = Field(default=0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
     weight_decay: float = Field(default=0.1, ge=0, description="On matrices only.")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="muon only.")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest global gradient norm.")
+    spike_factor: float = Field(
+        default=10.0, ge=0, description="Skip a step whose gradient norm is this many times the usual one; 0: never."
+    )
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="Keep a moving average of the weights, and export that; 0: none."
+    )
 
 
 class StageRecipe(Recipe):
     """What every stage has in common."""
+
+    # Keys that a resumed run may change: where things lie (what they hold is checked by content) and what is watched.
+    may_change: ClassVar[frozenset[str]] = frozenset({"data", "base", "keep_checkpoints", "tensorboard"})
 
     data: Path = Field(description="Folder made by `gale data prepare`, or a data recipe (.toml) to make it from.")
     steps: int = Field(ge=1, description="Optimiser steps.")
@@ -83,6 +96,10 @@ class StageRecipe(Recipe):
     evaluate_rows: int = Field(default=16, ge=1, description="Rows of each held-out split that are read.")
     checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="How many of the newest stay on disk.")
+    sample_every: int = Field(default=0, ge=0, description="Steps between answers to sample_prompts; 0: never.")
+    sample_prompts: tuple[str, ...] = Field(default=(), description="Continued greedily, for the log and the report.")
+    sample_tokens: int = Field(default=48, ge=1, description="Length of a sample.")
+    tensorboard: bool = Field(default=False, description="Also write event files for TensorBoard.")
     export: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of the finished model.")
 
     @model_validator(mode="after")

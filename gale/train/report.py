@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 from gale.core import files
+from gale.train.metrics import read_metrics
 
 
 def plot_curves(metrics: Path, out: Path, *, title: str) -> None:
@@ -14,7 +14,7 @@ def plot_curves(metrics: Path, out: Path, *, title: str) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in read_metrics(metrics) if "step" in row]
     # Fixed salt and no date, so that the same run draws the same file.
     with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none"}):
         figure = Figure(figsize=(7, 4), layout="constrained")

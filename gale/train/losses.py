@@ -1,0 +1,80 @@
+"""From hidden states to log-probabilities and losses, without ever holding a vocabulary-wide fp32 matrix.
+
+Shape suffixes as in :mod:`gale.model.transformer`: N tokens, C hidden size, V vocabulary; T of the tokens are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gale.model.attention import PackedAttention
+from gale.model.transformer import Decoder
+from gale.train.batches import IGNORED, Batch
+
+# Scores of the vocabulary that are widened to fp32 at once: few enough to stay in a processor's cache.
+_WIDE_SCORES = 2**20
+
+
+def hidden_states(model: Decoder, batch: Batch) -> Tensor:
+    """Final hidden states [N, C] of a batch, on the model's device; attention stays within each piece."""
+    device, config = model.embed_tokens.weight.device, model.config
+    attend = PackedAttention(
+        batch.lengths,
+        device,
+        sliding_window=config.sliding_window,
+        sliding_from_layer=config.sliding_from_layer,
+    )
+    x_NC: Tensor = model(batch.ids_N.to(device), batch.positions_N.to(device), attend)
+    return x_NC
+
+
+def trained_logprobs(model: Decoder, batch: Batch) -> Tensor:
+    """Natural log-probabilities [T] of the batch's trained targets, in order; fp32 and differentiable."""
+    x_NC = hidden_states(model, batch)
+    trained_T = (batch.targets_N != IGNORED).nonzero().squeeze(1).to(x_NC.device)
+    targets_T = batch.targets_N.to(x_NC.device)[trained_T]
+    # What nobody asks about is not computed: in conversations most tokens are the user's or the passage's.
+    chosen_TC = x_NC if len(trained_T) == len(x_NC) else x_NC.index_select(0, trained_T)
+    logprobs_T: Tensor = token_logprobs(chosen_TC, model.lm_head.weight, targets_T)
+    return logprobs_T
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def token_logprobs(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
+    """Log-softmax of ``x @ weight.T`` at the targets: [T], fp32, nats.
+
+    Keeps the scores once, in the number format of ``x``; all fp32 intermediates are a few rows at a time.
+    """
+    logprobs_T: Tensor = _TokenLogprobs.apply(x_TC, weight_VC, targets_T)  # type: ignore[no-untyped-call]
+    return logprobs_T
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
+        scores_TV = x_TC @ weight_VC.T
+        normaliser_T = torch.empty(len(x_TC), dtype=torch.float32, device=x_TC.device)
+        for low, high in _chunks(scores_TV):
+            torch.logsumexp(scores_TV[low:high].float(), dim=-1, out=normaliser_T[low:high])
+        ctx.save_for_backward(x_TC, weight_VC, targets_T, normaliser_T)
+        ctx.scores_TV = scores_TV  # not saved_tensors: the backward pass overwrites them with their gradient
+        return scores_TV.gather(1, targets_T[:, None]).squeeze(1).float() - normaliser_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TC, weight_VC, targets_T, normaliser_T = ctx.saved_tensors
+        scores_TV, ctx.scores_TV = ctx.scores_TV, None
+        for low, high in _chunks(scores_TV):
+            wide = scores_TV[low:high].float()
+            wide.sub_(normaliser_T[low:high, None]).exp_().mul_(-grad_T[low:high, None])
+            wide.scatter_add_(1, targets_T[low:high, None], grad_T[low:high, None])
+            scores_TV[low:high] = wide
+        return scores_TV @ weight_VC, scores_TV.T @ x_TC, None
+
+
+def _chunks(scores_TV: Tensor) -> list[tuple[int, int]]:
+    rows = max(1, _WIDE_SCORES // scores_TV.shape[1])
+    return [(low, min(low + rows, len(scores_TV))) for low in range(0, len(scores_TV), rows)]
