@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 
 from gale.core.device import choose_compute
-from gale.core.model_folder import read_json
+from gale.core.model_folder import model_name, read_json
 from gale.engine.batcher import Batcher
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.request import (
@@ -68,12 +68,10 @@ class LocalEngine:
         tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")
-        # A trained model stands in RUN/model; the run's name says more than "model".
-        name = folder.resolve().name
         return cls(
             model,
             tokenizer,
-            model_id=folder.resolve().parent.name if name == "model" else name,
+            model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
         )
 

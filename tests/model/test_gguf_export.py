@@ -22,7 +22,7 @@ from gale.model.transformer import rotary_frequencies
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 from tests.model.test_families import our_logits, their_logits
-from tests.tiny_model import MIXTURE, TEXTS, make_model
+from tests.tiny_model import MIXTURE, TEXTS, make_model, save_folder
 
 # Qwen3's heads have 128 dimensions where a file does not say: transformers does not ask the file.
 WIDE: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 128, "vocabulary_size": 410}
@@ -36,16 +36,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "mistral": {**LLAMA, "family": "mistral"},
     "experts": {**MIXTURE, "vocabulary_size": 410},
 }
-
-
-def make_folder(tokenizer: Tokenizer, folder: Path, **changes: Any) -> Path:
-    model = make_model(tokenizer, **changes)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    save_model(model, folder, dtype=torch.float32)
-    tokenizer.save(folder)
-    return folder
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
@@ -62,7 +52,7 @@ def export(folder: Path, kind: str = "fp32") -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reads_the_file_with_our_logits(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = make_folder(tokenizer, tmp_path / "model", **KINDS[kind])
+    folder = save_folder(tokenizer, tmp_path / "model", **KINDS[kind])
     export(folder)
     settings: dict[str, Any] = {}
     if kind in ("experts", "llama, biases"):  # of these shapes transformers reads less than the file says
@@ -76,7 +66,7 @@ def test_transformers_reads_the_file_with_our_logits(kind: str, tokenizer: Token
 
 
 def test_the_header_tells_the_shape(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    fields, tensors = read(export(make_folder(tokenizer, tmp_path / "model", **KINDS["experts"])))
+    fields, tensors = read(export(save_folder(tokenizer, tmp_path / "model", **KINDS["experts"])))
     expected = {
         "general.architecture": "qwen3moe",
         "general.name": "tiny",
@@ -104,7 +94,7 @@ def test_the_header_tells_the_shape(tokenizer: Tokenizer, tmp_path: Path) -> Non
 def test_each_number_format_holds_the_weights_as_closely_as_it_can(
     kind: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    folder = make_folder(tokenizer, tmp_path / "model", **{**MIXTURE, "hidden_size": 64})
+    folder = save_folder(tokenizer, tmp_path / "model", **{**MIXTURE, "hidden_size": 64})
     model = load_model(folder, dtype=torch.float32)
     fields, tensors = read(export(folder, kind))
     assert fields["general.file_type"] == {"fp32": 0, "fp16": 1, "bf16": 32, "q8_0": 7}[kind]
@@ -129,14 +119,14 @@ def test_each_number_format_holds_the_weights_as_closely_as_it_can(
 
 
 def test_a_tied_head_is_stored_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert "output.weight" not in read(export(make_folder(tokenizer, tmp_path / "tied")))[1]
-    assert "output.weight" in read(export(make_folder(tokenizer, tmp_path / "untied", tied_embeddings=False)))[1]
+    assert "output.weight" not in read(export(save_folder(tokenizer, tmp_path / "tied")))[1]
+    assert "output.weight" in read(export(save_folder(tokenizer, tmp_path / "untied", tied_embeddings=False)))[1]
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_scaled_rope_is_told(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     scaling = RopeScaling(kind, 8.0, original_context_length=64)
-    folder = make_folder(tokenizer, tmp_path / "model", **LLAMA, rope_scaling=scaling)
+    folder = save_folder(tokenizer, tmp_path / "model", **LLAMA, rope_scaling=scaling)
     fields, tensors = read(export(folder))
     config = load_model(folder, dtype=torch.float32).config
     factors = np.full(4, fields.get("llama.rope.scaling.factor", 1.0))
@@ -148,7 +138,7 @@ def test_scaled_rope_is_told(kind: str, tokenizer: Tokenizer, tmp_path: Path) ->
 
 
 def test_the_vocabulary_is_the_tokenizers(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    fields, _ = read(export(make_folder(tokenizer, tmp_path / "model", vocabulary_size=tokenizer.vocabulary_size + 3)))
+    fields, _ = read(export(save_folder(tokenizer, tmp_path / "model", vocabulary_size=tokenizer.vocabulary_size + 3)))
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     assert {token: i for i, token in enumerate(tokens[:-3])} == tokenizer.vocabulary
     assert types[-3:] == [gguf.TokenType.UNUSED] * 3
@@ -170,7 +160,7 @@ def test_the_vocabulary_is_the_tokenizers(tokenizer: Tokenizer, tmp_path: Path) 
 
 
 def test_the_chat_template_renders_alike_without_our_own_tags(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    fields, _ = read(export(make_folder(tokenizer, tmp_path / "model")))
+    fields, _ = read(export(save_folder(tokenizer, tmp_path / "model")))
     messages: list[Message] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Where does the river go?"},
@@ -206,7 +196,7 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 )
 def test_how_text_is_split_has_its_name_or_is_refused(steps: Any, name: str | None, tmp_path: Path) -> None:
     tokenizer = trained(steps)
-    folder = make_folder(tokenizer, tmp_path / "model")
+    folder = save_folder(tokenizer, tmp_path / "model")
     if name is None:
         with pytest.raises(ModelError, match="no name for how this tokenizer splits"):
             export(folder)
@@ -230,7 +220,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     if isinstance(changes, str):
         spoiled = {"normalise": False} if changes == "normalise" else {"dense_layers": (0,)}
         changes = {**MIXTURE, "experts": replace(MIXTURE["experts"], **spoiled)}
-    folder = make_folder(tokenizer, tmp_path / "model", **changes)
+    folder = save_folder(tokenizer, tmp_path / "model", **changes)
     with pytest.raises(ModelError, match=said):
         export(folder)
     assert not list(folder.glob("*.gguf"))
@@ -248,7 +238,7 @@ def test_a_weight_too_large_for_fp16_leaves_no_file(tokenizer: Tokenizer, tmp_pa
 
 
 def test_only_a_gguf_file_is_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    folder = make_folder(tokenizer, tmp_path / "model")
+    folder = save_folder(tokenizer, tmp_path / "model")
     export(folder)
     before = (folder / "model.gguf").read_bytes()
     export(folder)
