@@ -173,6 +173,46 @@ def _dial(depth: int | None, flops: float | None, dry_run: bool) -> Completion:
     return complete
 
 
+@app.command()
+def rl(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Let a model learn from its own answers (GRPO or PPO), judged by a reward model or by a program."""
+    from gale.train.rl import rl as run
+    from gale.train.rl_recipe import RlRecipe
+
+    settings = read_recipe(recipe, RlRecipe, overrides, dry_run)
+    folder = output_folder(out, settings.algorithm, resume=resume)
+    final = run(settings, folder, resume=resume)["final"]
+    for name in ("reward", "gold", "kl", "answer_tokens"):
+        if name in final:
+            typer.echo(f"{name} of the last answers: {final[name]:.4f}")
+    for name, figure in final.get("held_out", {}).items():
+        typer.echo(f"{name}: {figure:.4f}")
+    typer.echo(f"Model written to {folder / 'model'}; curves in {folder / 'curves.svg'}")
+
+
+@app.command("best-of-n")
+def best_of_n(
+    recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Answer prompts several times and keep the best answers, as data for supervised fine-tuning."""
+    from gale.train.best_of_n import BestOfNRecipe
+    from gale.train.best_of_n import best_of_n as run
+
+    settings = read_recipe(recipe, BestOfNRecipe, overrides, dry_run)
+    folder = output_folder(out, "best-of-n")
+    summary = run(settings, folder)
+    for point in summary["best_of"]:
+        gold = f", gold {point['gold']:.4f}" if "gold" in point else ""
+        typer.echo(f"best of {point['n']}: reward {point['reward']:.4f}{gold}, {point['kl']:.2f} nats from the model")
+    typer.echo(f"{summary['kept']} of {summary['prompts']} answers kept, in {folder / 'best.jsonl'}")
+
+
 def _report(summary: dict[str, Any], folder: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes one talks
