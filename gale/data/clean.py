@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from gale.core.errors import DataError
 from gale.data.recipe import Source
 from gale.data.sources import Document, read_documents
-from gale.text.template import Message
 
 _UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
 _TRAILING_SPACE = re.compile(r"[ \t\u3000]+(?=\n|$)")
@@ -27,12 +26,9 @@ def normalise(text: str) -> str:
 
 def normalise_document(document: Document) -> Document | None:
     """The document with every text normalised; None where nothing is left of it."""
-    if document.text is not None:
-        text = normalise(document.text)
-        return Document(text=text) if text else None
-    messages = tuple(Message(role=m["role"], content=normalise(m["content"])) for m in document.messages)
-    answered = any(message["role"] == "assistant" and message["content"] for message in messages)
-    return Document(messages=messages) if answered else None
+    document = document.map(normalise)
+    answered = any(message["role"] == "assistant" and message["content"] for message in document.messages)
+    return document if document.text or answered else None
 
 
 def clean_documents(
@@ -75,9 +71,8 @@ class ExactDeduplicator:
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
-    def is_new(self, document: Document) -> bool:
-        """True the first time a document is shown, False from then on."""
-        digest = fingerprint(document)
+    def is_new(self, digest: bytes) -> bool:
+        """True the first time a document's :func:`fingerprint` is shown, False from then on."""
         if digest in self._seen:
             return False
         self._seen.add(digest)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,23 @@ class Document:
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+
+    def map(self, change: Callable[[str], str]) -> Document:
+        """The document with every text changed."""
+        if self.text is not None:
+            return Document(text=change(self.text))
+        return Document(messages=tuple(Message(role=m["role"], content=change(m["content"])) for m in self.messages))
+
+    @property
+    def joined(self) -> str:
+        """All texts in one, a conversation's messages as paragraphs."""
+        return self.text if self.text is not None else "\n\n".join(message["content"] for message in self.messages)
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of the texts, without anything that a template adds."""
+        parts = (self.text,) if self.text is not None else (message["content"] for message in self.messages)
+        return sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
 
 
 class BrokenRows:
@@ -63,8 +80,8 @@ def read_documents(
     """All documents of a source in file order. Raises :class:`DataError` naming the file and the line."""
     broken = broken or BrokenRows(source)
     if source.format == "qa":
-        for _, document in question_documents(source, seed, broken):
-            yield document
+        for _, drawn in question_documents(source, seed, broken):
+            yield drawn
         return
     for row in source_rows(source):
         try:
@@ -78,7 +95,7 @@ def read_documents(
 
 def source_rows(source: Source, on_read: OnRead = lambda _: None) -> Iterator[Row]:
     """All rows of all files of a source. Raises :class:`DataError` for files that are missing or damaged."""
-    columns = None
+    columns: tuple[str, ...] | None = None
     if source.format == "text":
         columns = ({**source.fields, "text": source.fields.get("text", source.text_key)}["text"].partition(".")[0],)
         columns += (source.fields.get("source", "source").partition(".")[0],) if source.only else ()
