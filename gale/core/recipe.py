@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -35,9 +35,8 @@ class Recipe(BaseModel):
     def _resolve_paths(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
         if isinstance(value, str) and (annotation is Path or Path in get_args(annotation)):
-            folder = None if isinstance(value, _FromShell) else (info.context or {}).get("folder")
             try:
-                return files.resolve(value, folder)
+                return _located(value, (info.context or {}).get("folder"))
             except GaleError as error:
                 raise ValueError(error.message) from error
         if isinstance(value, list) and str(annotation).startswith("tuple["):
@@ -45,13 +44,22 @@ class Recipe(BaseModel):
         return value
 
 
+def _located(value: str, folder: Path | None) -> Path:
+    """A path as written in a recipe of ``folder``, or in an override."""
+    return files.resolve(value, None if isinstance(value, _FromShell) else folder)
+
+
 RecipeType = TypeVar("RecipeType", bound=Recipe)
+Completion = Callable[[dict[str, Any], Callable[[str], Path]], None]
 
 
-def load_recipe(path: Path, kind: type[RecipeType], overrides: Sequence[str] = ()) -> RecipeType:
+def load_recipe(
+    path: Path, kind: type[RecipeType], overrides: Sequence[str] = (), *, complete: Completion | None = None
+) -> RecipeType:
     """Read ``path`` as a ``kind``, with ``key=value`` overrides (dotted keys, TOML values; bare words are strings).
 
-    Relative paths in overrides are resolved against the working directory.
+    Relative paths in overrides are resolved against the working directory. ``complete`` may add to the content before
+    it is checked; it is handed what finds the files that the content names.
     Raises :class:`RecipeError` naming every unknown key (with the nearest valid name) and every wrong value.
     """
     try:
@@ -63,8 +71,11 @@ def load_recipe(path: Path, kind: type[RecipeType], overrides: Sequence[str] = (
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"The recipe {path} is not valid TOML: {error}", []) from error
     problems = [problem for override in overrides if (problem := _apply(content, override))]
+    folder = path.resolve().parent
+    if complete and not problems:
+        complete(content, lambda value: _located(value, folder))
     try:
-        recipe = kind.model_validate(content, context={"folder": path.resolve().parent})
+        recipe = kind.model_validate(content, context={"folder": folder})
     except ValidationError as error:
         details = error.errors()
         # A list whose items are all wrong is also called too short, which would mislead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import unicodedata
@@ -31,6 +32,11 @@ def normalise_document(document: Document) -> Document | None:
         text = normalise(document.text)
         return Document(text=text) if text else None
     messages = tuple(Message(role=m["role"], content=normalise(m["content"])) for m in document.messages)
+    if document.rejected is not None:
+        chosen, rejected = messages[-1]["content"], normalise(document.rejected)
+        if not (chosen and rejected) or chosen == rejected:  # of two answers that are the same none is better
+            return None
+        return dataclasses.replace(document, messages=messages, rejected=rejected)
     answered = any(message["role"] == "assistant" and message["content"] for message in messages)
     return Document(messages=messages) if answered else None
 
@@ -87,6 +93,7 @@ class ExactDeduplicator:
 def fingerprint(document: Document) -> bytes:
     """128-bit hash of a document's roles and texts."""
     content = hashlib.blake2b(digest_size=16)
-    for part in (document.text or "", *(value for m in document.messages for value in (m["role"], m["content"]))):
+    parts = [document.text or "", *(value for m in document.messages for value in (m["role"], m["content"]))]
+    for part in parts if document.rejected is None else [*parts, document.rejected]:
         content.update(part.encode("utf-8", "surrogatepass") + b"\x00")
     return content.digest()

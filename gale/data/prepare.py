@@ -39,6 +39,7 @@ def prepare(recipe: DataRecipe, out: Path) -> dict[str, Any]:
         raise DataError(f"These data files do not exist: {', '.join(missing)}", hint="Check the paths in the recipe.")
     # Held-out splits come first, so that a document in both is dropped from training, not from the evaluation.
     sources = sorted(recipe.sources, key=lambda source: source.split == "train")
+    paired = {source.split for source in sources if source.format == "preference"}
     seen = ExactDeduplicator()
     writers: dict[str, ShardWriter] = {}
     text_bytes: Counter[str] = Counter()
@@ -87,6 +88,7 @@ def prepare(recipe: DataRecipe, out: Path) -> dict[str, Any]:
                     "tokens": writer.tokens,
                     "bytes": text_bytes[name],
                     "shards": writer.shards,
+                    **({"pairs": True} if name in paired else {}),
                 }
                 for name, writer in writers.items()
             },
@@ -136,7 +138,14 @@ class DocumentEncoder:
                         "The tokenizer's chat template does not mark what the assistant writes.",
                         hint="Put {% generation %} and {% endgeneration %} round it.",
                     )
-                yield chat.ids, chat.trained
+                yield chat.ids, _last_answer(chat.trained) if document.last_only else chat.trained
+
+
+def _last_answer(trained: list[bool]) -> list[bool]:
+    """The last unbroken stretch of what is trained: the template leaves something between any two answers."""
+    end = max(index for index, flag in enumerate(trained) if flag) + 1
+    start = max((index + 1 for index in range(end) if not trained[index]), default=0)
+    return [start <= index < end for index in range(len(trained))]
 
 
 def document_bytes(document: Document) -> int:
@@ -161,8 +170,9 @@ def _select(documents: Iterable[Document], epochs: float, counts: Counter[str]) 
     for document in documents:
         chance = int.from_bytes(fingerprint(document)[:8], "big") / 2**64
         for _ in range(whole + (chance < fraction)):
-            counts["documents"] += 1
-            yield document
+            for half in document.halves():  # a preference becomes two documents, side by side
+                counts["documents"] += 1
+                yield half
 
 
 def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:

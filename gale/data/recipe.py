@@ -19,6 +19,7 @@ FORMAT_KEYS: dict[str, tuple[str, ...]] = {
     "parallel": ("en", "zh"),
     "qa": ("context", "question", "answers"),
     "instruction": ("instruction", "input", "output"),
+    "preference": ("prompt", "chosen", "rejected", "role", "content"),
 }
 
 
@@ -74,10 +75,10 @@ class Source(Recipe):
     origin: str = Field(min_length=1, description="Where the text comes from; goes into the manifest.")
     kind: FileKind | None = Field(default=None, description="How to read the files; by default their suffix decides.")
     encoding: str = Field(default="utf-8", description="Of text and Markdown files; gb18030 for older Chinese ones.")
-    format: Literal["text", "chat", "parallel", "qa", "instruction"] = Field(
+    format: Literal["text", "chat", "parallel", "qa", "instruction", "preference"] = Field(
         default="text",
         description="text: {text}; chat: {messages}; parallel: {en, zh}; qa: {context, question, answers}; "
-        "instruction: {instruction, input, output}.",
+        "instruction: {instruction, input, output}; preference: {prompt, chosen, rejected}.",
     )
     text_key: str = Field(default="text", min_length=1, description="Where the format text finds its text.")
     fields: dict[str, str] = Field(
@@ -145,6 +146,13 @@ class DataRecipe(Recipe):
     decontamination: Decontamination | None = None
     near_duplicates: NearDuplicates | None = None
     sources: tuple[Source, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _pairs_apart(self) -> DataRecipe:
+        for split in {source.split for source in self.sources}:
+            if len({source.format == "preference" for source in self.sources if source.split == split}) > 1:
+                raise ValueError(f"the split {split!r} mixes sources of the format preference with others")
+        return self
 
     @model_validator(mode="after")
     def _weights_for_all_or_none(self) -> DataRecipe:

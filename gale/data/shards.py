@@ -2,7 +2,9 @@
 
 A split (``train``, or a held-out one) is a row of shards, each three arrays in NumPy's ``.npy`` format: ``tokens``
 (the documents' token ids one after another), ``trained`` (whether the model is trained to produce each token) and
-``bounds`` (where each document begins, and the end). ``manifest.json`` names sources, licences and counts.
+``bounds`` (where each document begins, and the end). In a split with ``"pairs": true`` each two documents are one
+preference: the same prompt with the chosen and with the rejected answer. ``manifest.json`` names sources, licences
+and counts.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ class TokenSplit:
             raise DataError(f"{folder} has no split {name!r}.", hint=f"It has: {', '.join(sorted(splits))}.")
         self.name = name
         self.bytes: int = splits[name]["bytes"]
+        self.pairs: bool = splits[name].get("pairs", False)  # documents 2n and 2n + 1: an answer and a worse one
         try:
             self._shards = [
                 Shard(

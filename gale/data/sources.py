@@ -27,10 +27,22 @@ _BROKEN_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Running text, or a conversation."""
+    """Running text, or a conversation, or a preference: a conversation and what its last answer is preferred to.
+
+    Of a conversation with ``last_only`` just the last answer is trained.
+    """
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    rejected: str | None = None
+    last_only: bool = False
+
+    def halves(self) -> tuple[Document, ...]:
+        """The conversation with the preferred and the one with the rejected answer; any other document is itself."""
+        if self.rejected is None:
+            return (self,)
+        answers = (self.messages[-1], Message(role="assistant", content=self.rejected))
+        return tuple(Document(messages=(*self.messages[:-1], answer), last_only=True) for answer in answers)
 
 
 class BrokenRows:
@@ -63,8 +75,8 @@ def read_documents(
     """All documents of a source in file order. Raises :class:`DataError` naming the file and the line."""
     broken = broken or BrokenRows(source)
     if source.format == "qa":
-        for _, document in question_documents(source, seed, broken):
-            yield document
+        for _, answered in question_documents(source, seed, broken):
+            yield answered
         return
     for row in source_rows(source):
         try:
@@ -78,7 +90,7 @@ def read_documents(
 
 def source_rows(source: Source, on_read: OnRead = lambda _: None) -> Iterator[Row]:
     """All rows of all files of a source. Raises :class:`DataError` for files that are missing or damaged."""
-    columns = None
+    columns: tuple[str, ...] | None = None
     if source.format == "text":
         columns = ({**source.fields, "text": source.fields.get("text", source.text_key)}["text"].partition(".")[0],)
         columns += (source.fields.get("source", "source").partition(".")[0],) if source.only else ()
@@ -132,9 +144,24 @@ def _document(row: dict[str, Any], source: Source, replace: Mapping[str, str]) -
         return _exchange(_filled(task, replace), _filled(_text(row, "output"), replace))
     if row.get("tools"):
         return None  # conversations with tools come with the tool-calling stage
+    if source.format == "preference":
+        return _preference(row, source, replace)
+    return Document(messages=_messages(row["messages"], source, replace))
+
+
+def _preference(row: dict[str, Any], source: Source, replace: Mapping[str, str]) -> Document:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    chosen, rejected = (_filled(_text(row, key), replace) for key in ("chosen", "rejected"))
+    answer = Message(role="assistant", content=chosen)
+    return Document(messages=(*_messages(prompt, source, replace), answer), rejected=rejected)
+
+
+def _messages(rows: list[dict[str, Any]], source: Source, replace: Mapping[str, str]) -> tuple[Message, ...]:
     role_key, content_key = source.fields.get("role", "role"), source.fields.get("content", "content")
     messages = []
-    for message in row["messages"]:
+    for message in rows:
         role = message[role_key]
         if role not in _ROLES:
             role = _ROLE_ALIASES.get(role) if isinstance(role, str) else None
@@ -142,7 +169,7 @@ def _document(row: dict[str, Any], source: Source, replace: Mapping[str, str]) -
             raise ValueError(f"unknown role {message[role_key]!r}")
         content = "" if message[content_key] is None else _text(message, content_key)
         messages.append(Message(role=role, content=_filled(content, replace)))
-    return Document(messages=tuple(messages))
+    return tuple(messages)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from gale.train.loop import run
 from gale.train.model_folder import check_fits, export_decoder
 from gale.train.next_token import next_token
 from gale.train.recipe import SftRecipe
+from gale.train.samples import decoder_samples
 from gale.train.stage import Stage
 
 
@@ -24,6 +25,7 @@ def sft(recipe: SftRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]
     manifest = read_manifest(data)
     config = ModelConfig.load(recipe.base)
     check_fits(recipe.base, config, data, recipe.row_tokens)
+    tokenizer = Tokenizer.load(data / "tokenizer")
     stage = Stage(
         name="sft",
         recipe=recipe,
@@ -34,7 +36,8 @@ def sft(recipe: SftRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]
         },
         build=lambda dtype: load_model(recipe.base, dtype=dtype),
         objective=next_token(recipe, data, loss_on="trained", long="cut"),
-        export=lambda model, folder, dtype: export_decoder(model, Tokenizer.load(data / "tokenizer"), folder, dtype),
+        export=lambda model, folder, dtype: export_decoder(model, tokenizer, folder, dtype),
         flops_per_token=config.flops_per_token(recipe.row_tokens),
+        samples=decoder_samples(recipe, tokenizer, config.context_length, chat=True),
     )
     return run(stage, out, resume=resume)
