@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from pathlib import Path
 from typing import Any
 
 _STYLE = """
@@ -30,7 +31,7 @@ _LEGEND = (
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    lines = [f"# Evaluation of {report['model']}", "", *_table(report["scores"]), "", _LEGEND]
+    lines = [f"# Evaluation of {_name(report)}", "", *_table(report["scores"]), "", _LEGEND]
     if report["bits_per_byte"]:
         lines += ["", "## Bits per byte (lower is better; 8 is chance)", ""]
         lines += [f"- {name}: {value:.3f}" for name, value in report["bits_per_byte"].items()]
@@ -56,7 +57,7 @@ def to_html(report: dict[str, Any]) -> str:
     """The report as one self-contained page: plots of every score beside its chance, tables, samples and answers."""
     shares = [row for row in report["scores"] if not row["lower_is_better"]]
     bits = [row for row in report["scores"] if row["lower_is_better"]]
-    title = html.escape(f"Evaluation of {report['model']}")
+    title = html.escape(f"Evaluation of {_name(report)}")
     parts = [f"<h1>{title}</h1>", f'<p class="note">{html.escape(_LEGEND)} {html.escape(report["compute"])}.</p>']
     for rows, label, most in (
         (shares, "score (higher is better)", 1.0),
@@ -84,6 +85,12 @@ def to_html(report: dict[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n{body}\n</html>\n"
     )
+
+
+def _name(report: dict[str, Any]) -> str:
+    """The model's name; a trained model stands in RUN/model, and the run's name says more than "model"."""
+    folder = Path(report["model"])
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -150,7 +157,7 @@ def _plot(rows: list[dict[str, Any]], label: str, most: float) -> str:
         axes.plot([], [], color="#e45756", linewidth=2, label="chance")
         axes.set_yticks(places, [f"{row['task']}: {row['metric']}" for row in rows])
         axes.set(xlim=(0, max(most, *values) * 1.02), xlabel=label)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper right", ncols=3, frameon=False)
