@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -70,12 +70,65 @@ def sft(
     _report(run(settings, folder, resume=resume), folder)
 
 
-def _report(summary: dict[str, Any], folder: Path) -> None:
+@app.command()
+def reward(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a model that scores answers, from pairs of which people preferred one."""
+    from gale.train.recipe import RewardRecipe
+    from gale.train.reward import reward as run
+
+    settings = read_recipe(recipe, RewardRecipe, overrides, dry_run)
+    folder = output_folder(out, "reward", resume=resume)
+    _report(run(settings, folder, resume=resume), folder, unit="nats per pair")
+
+
+@app.command()
+def dpo(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a chat model on preferences directly (DPO), without a reward model."""
+    from gale.train.dpo import dpo as run
+    from gale.train.recipe import DpoRecipe
+
+    settings = read_recipe(recipe, DpoRecipe, overrides, dry_run)
+    folder = output_folder(out, "dpo", resume=resume)
+    _report(run(settings, folder, resume=resume), folder, unit="per pair")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run with a table `lora` left.")],
+    base: Annotated[Path, typer.Option("--base", help="Model folder that the adapter was trained over.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the whole model.")],
+    fp32: Annotated[bool, typer.Option("--fp32", help="Write fp32 instead of bf16.")] = False,
+) -> None:
+    """Add a LoRA adapter to the weights of its base, and write a model folder that needs no adapter."""
+    import torch
+
+    from gale.core import files
+    from gale.model.adapter_folder import merge_adapter
+
+    folder = files.resolve(out)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    merge_adapter(files.resolve(adapter), files.resolve(base), folder, dtype=dtype)
+    typer.echo(f"Model written to {folder}")
+
+
+def _report(summary: dict[str, Any], folder: Path, *, unit: str = "nats per token") -> None:
     final = summary["final"]
     if final:
         typer.echo(f"final loss {final['loss']!r} at {final['tokens']:,} tokens")
     else:
         typer.echo("The run was complete already, but its metrics.jsonl is gone, and its losses with it.")
-    for name, loss in final.get("held_out", {}).items():
-        typer.echo(f"{name}: {loss:.4f} nats per token")
+    for name, figure in final.get("held_out", {}).items():
+        typer.echo(f"{name}: {figure:.1%}" if name.endswith("_accuracy") else f"{name}: {figure:.4f} {unit}")
     typer.echo(f"Model written to {folder / 'model'}; curves in {folder / 'curves.svg'}")
