@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gale.model.config import ModelConfig
+from gale.model.config import Experts, ModelConfig
 from gale.model.transformer import Decoder
 from gale.text.template import GALE_CHAT_TEMPLATE
 from gale.text.tokenizer import Tokenizer
@@ -14,6 +14,12 @@ TEXTS = [
     "Where does the river go? It goes to the sea, and the sea goes nowhere.",
     "风从山上吹来，门关上了。河流去哪里？河流去大海。",
 ] * 20
+
+# What makes the tiny model a mixture of experts.
+MIXTURE: dict[str, Any] = {
+    "family": "qwen3_moe",
+    "experts": Experts(count=6, per_token=2, intermediate_size=24, balance_loss=0.02, z_loss=0.003),
+}
 
 
 def make_tokenizer() -> Tokenizer:

@@ -38,7 +38,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | None 
     model.to_empty(device=device or torch.device("cpu"))
     # Built on the meta device, the tie and the rotary table were left without content.
     model.retie()
-    wanted = dict(model.named_parameters())
+    wanted = dict(stored_weights(model))
     for path in paths:
         with _opened(path) as weights:
             for name, stored in _names(weights, config):
@@ -50,11 +50,30 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | None 
 def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write ``config.json`` and ``model.safetensors``; a tied head is stored once, as Hugging Face does."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():  # names a tied parameter once, under its first name
+    for name, weight in stored_weights(model):
         full = name if name.startswith("lm_head.") else f"model.{name}"
-        tensors[full] = parameter.detach().to("cpu", dtype).contiguous()
+        tensors[full] = weight.detach().to("cpu", dtype).contiguous()
     files.write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     files.write_json(folder / "config.json", model.config.to_hugging_face(dtype=_NAMES[dtype]))
+
+
+def stored_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Every weight as Hugging Face stores it: its name there, without ``model.``, and the part of ours that holds it.
+
+    A tied parameter comes once, under its first name. Stacked experts come one by one, as views.
+    """
+    for name, parameter in model.named_parameters():
+        stack, _, kind = name.rpartition(".")
+        if not stack.endswith("mlp.experts"):
+            yield name, parameter
+            continue
+        for expert, weight in enumerate(parameter):
+            if kind == "gate_up_proj":
+                gate_IC, up_IC = weight.chunk(2)
+                yield f"{stack}.{expert}.gate_proj.weight", gate_IC
+                yield f"{stack}.{expert}.up_proj.weight", up_IC
+            else:
+                yield f"{stack}.{expert}.{kind}.weight", weight
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -107,16 +126,24 @@ def _check_shapes(folder: Path, config: ModelConfig, stored: dict[str, list[int]
     layers = len({name.split(".")[1] for name in stored if name.startswith("layers.")})
     if config.layers > layers:
         raise ModelError(f"{folder} holds {layers} layers, but config.json asks for {config.layers}.")
-    try:
-        with torch.device("meta"):
-            one_layer = Decoder(replace(config, layers=1))
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise ModelError(f"{folder}: config.json asks for sizes that no computer holds.") from error
-    wanted = {
-        name.replace("layers.0.", f"layers.{layer}."): list(parameter.shape)
-        for name, parameter in one_layer.named_parameters()
-        for layer in range(config.layers if name.startswith("layers.") else 1)
-    }
+    kinds = [config.has_experts(layer) for layer in range(config.layers)]
+    experts = len({name.partition(".mlp.experts.")[2].partition(".")[0] for name in stored if ".mlp.experts." in name})
+    if config.experts is not None and any(kinds) and config.experts.count > experts:
+        raise ModelError(f"{folder} holds {experts} experts, but config.json asks for {config.experts.count}.")
+    wanted: dict[str, list[int]] = {}
+    for kind in set(kinds):  # one layer with experts and one without tell the shapes of all
+        one_layer = replace(config, layers=1)
+        if config.experts is not None:
+            one_layer = replace(one_layer, experts=replace(config.experts, every=1, dense_layers=() if kind else (0,)))
+        try:
+            with torch.device("meta"):
+                model = Decoder(one_layer)
+        except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+            raise ModelError(f"{folder}: config.json asks for sizes that no computer holds.") from error
+        of_kind = [layer for layer in range(config.layers) if kinds[layer] == kind]
+        for name, weight in stored_weights(model):
+            for layer in of_kind if name.startswith("layers.") else [0]:
+                wanted[name.replace("layers.0.", f"layers.{layer}.")] = list(weight.shape)
     for name, shape in stored.items():
         if name not in wanted:
             raise ModelError(f"{folder} holds a weight that its config.json has no place for: {name}.")

@@ -10,8 +10,25 @@ from pydantic import Field, model_validator
 from gale.core.recipe import Recipe
 
 
+class ExpertsTable(Recipe):
+    """A mixture of experts in every layer: the Qwen3-MoE decoder."""
+
+    count: int = Field(ge=1, description="Experts of a layer.")
+    per_token: int = Field(ge=1, description="Experts that compute a token.")
+    intermediate_size: int = Field(ge=8, multiple_of=8, description="Hidden units of one expert.")
+    normalise: bool = Field(default=True, description="The weights of a token's experts sum to 1.")
+    balance_loss: float = Field(default=0.01, ge=0, description="Weight of the load-balancing loss.")
+    z_loss: float = Field(default=0.001, ge=0, description="Weight of the router z-loss.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> ExpertsTable:
+        if self.per_token > self.count:
+            raise ValueError(f"per_token ({self.per_token}) must not exceed count ({self.count})")
+        return self
+
+
 class Shape(Recipe):
-    """A new model's shape: the Qwen3 decoder."""
+    """A new model's shape: the Qwen3 decoder, with experts if there is a table for them."""
 
     hidden_size: int = Field(ge=8, multiple_of=8)
     intermediate_size: int = Field(ge=8, multiple_of=8)
@@ -22,6 +39,7 @@ class Shape(Recipe):
     context_length: int = Field(ge=16, description="Longest sequence the model is meant for, in tokens.")
     rope_theta: float = Field(default=10_000.0, gt=0)
     tied_embeddings: bool = True
+    experts: ExpertsTable | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Shape:
