@@ -248,8 +248,7 @@ def rows_of(contenders: list[Contender], *, peers: int, tokens: int) -> list[dic
     for contender in contenders:
         ratios = {
             peer.label: statistics.median(
-                theirs["seconds"] / ours["seconds"]
-                for theirs, ours in zip(peer.rounds, contender.rounds, strict=True)
+                theirs["seconds"] / ours["seconds"] for theirs, ours in zip(peer.rounds, contender.rounds, strict=True)
             )
             for peer in contenders[:peers]
         }
@@ -292,7 +291,10 @@ def markdown(results: dict[str, Any]) -> str:
         for row in results.get(part, []):
             if list(row["ratios"]) != head:
                 head = list(row["ratios"])
-                lines += ["", f"| | tokens/s | tokens per CPU second | {' | '.join(f'x {h}' for h in head)} | peak GiB |"]
+                lines += [
+                    "",
+                    f"| | tokens/s | tokens per CPU second | {' | '.join(f'x {h}' for h in head)} | peak GiB |",
+                ]
                 lines += ["|---" * (4 + len(head)) + "|"]
             ratios = " | ".join(f"{ratio:.2f}" for ratio in row["ratios"].values())
             speeds = f"{row['tokens_per_second']:,} | {row['tokens_per_cpu_second']:,}"
