@@ -193,7 +193,7 @@ def rl(
             typer.echo(f"{name} of the last answers: {final[name]:.4f}")
     for name, figure in final.get("held_out", {}).items():
         typer.echo(f"{name}: {figure:.4f}")
-    typer.echo(f"Model written to {folder / 'model'}; curves in {folder / 'curves.svg'}")
+    typer.echo(f"Model written to {folder / 'model'}; report in {folder / 'report.html'}")
 
 
 @app.command("best-of-n")
@@ -213,7 +213,64 @@ def best_of_n(
     typer.echo(f"{summary['kept']} of {summary['prompts']} answers kept, in {folder / 'best.jsonl'}")
 
 
-def _report(summary: dict[str, Any], folder: Path) -> None:
+@app.command()
+def reward(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a model that scores answers, from pairs of which people preferred one."""
+    from gale.train.recipe import RewardRecipe
+    from gale.train.reward import reward as run
+
+    settings = read_recipe(recipe, RewardRecipe, overrides, dry_run)
+    folder = output_folder(out, "reward", resume=resume)
+    _report(_run(run, settings, folder, resume, ray, workers), folder, unit="nats per pair")
+
+
+@app.command()
+def dpo(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a chat model on preferences directly (DPO), without a reward model."""
+    from gale.train.dpo import dpo as run
+    from gale.train.recipe import DpoRecipe
+
+    settings = read_recipe(recipe, DpoRecipe, overrides, dry_run)
+    folder = output_folder(out, "dpo", resume=resume)
+    _report(_run(run, settings, folder, resume, ray, workers), folder, unit="per pair")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run with a table `lora` left.")],
+    base: Annotated[Path, typer.Option("--base", help="Model folder that the adapter was trained over.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the whole model.")],
+    fp32: Annotated[bool, typer.Option("--fp32", help="Write fp32 instead of bf16.")] = False,
+) -> None:
+    """Add a LoRA adapter to the weights of its base, and write a model folder that needs no adapter."""
+    import torch
+
+    from gale.core import files
+    from gale.model.adapter_folder import merge_adapter
+
+    folder = files.resolve(out)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    merge_adapter(files.resolve(adapter), files.resolve(base), folder, dtype=dtype)
+    typer.echo(f"Model written to {folder}")
+
+
+def _report(summary: dict[str, Any], folder: Path, *, unit: str = "nats per token") -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes one talks
     final = summary["final"]
@@ -221,6 +278,6 @@ def _report(summary: dict[str, Any], folder: Path) -> None:
         typer.echo(f"final loss {final['loss']!r} at {final['tokens']:,} tokens")
     else:
         typer.echo("The run was complete already, but its metrics.jsonl is gone, and its losses with it.")
-    for name, loss in final.get("held_out", {}).items():
-        typer.echo(f"{name}: {loss:.4f} nats per token")
+    for name, figure in final.get("held_out", {}).items():
+        typer.echo(f"{name}: {figure:.1%}" if name.endswith("_accuracy") else f"{name}: {figure:.4f} {unit}")
     typer.echo(f"Model written to {folder / 'model'}; report in {folder / 'report.html'}")

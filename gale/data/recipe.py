@@ -117,6 +117,8 @@ class Source(Recipe):
             raise ValueError(f"files of the kind {self.kind} hold running text, not the format {self.format}")
         if self.weight is None and "max_epochs" in self.model_fields_set:
             raise ValueError("max_epochs belongs to weight; with epochs alone documents are taken as often as it says")
+        if self.weight is not None and self.format == "preference":
+            raise ValueError("preferences have epochs, not a weight: they are pairs, not a share of a text")
         if self.weight is not None and ("epochs" in self.model_fields_set or self.split != "train"):
             raise ValueError("weight stands in place of epochs, and only where split is train")
         try:

@@ -6,8 +6,8 @@ import contextlib
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gale.core.errors import DataError
@@ -27,9 +27,9 @@ _BROKEN_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Running text, or a conversation, or a preference: a conversation and what its last answer is preferred to.
+    """Running text, or a conversation.
 
-    Of a conversation with ``last_only`` just the last answer is trained.
+    With ``rejected`` the conversation's last answer is the better of two. ``last_only`` trains the last answer alone.
     """
 
     text: str | None = None
@@ -37,12 +37,38 @@ class Document:
     rejected: str | None = None
     last_only: bool = False
 
+    def map(self, change: Callable[[str], str]) -> Document:
+        """The document with every text changed."""
+        if self.text is not None:
+            return Document(text=change(self.text))
+        messages = tuple(Message(role=m["role"], content=change(m["content"])) for m in self.messages)
+        rejected = None if self.rejected is None else change(self.rejected)
+        return replace(self, messages=messages, rejected=rejected)
+
     def halves(self) -> tuple[Document, ...]:
         """The conversation with the preferred and the one with the rejected answer; any other document is itself."""
         if self.rejected is None:
             return (self,)
         answers = (self.messages[-1], Message(role="assistant", content=self.rejected))
         return tuple(Document(messages=(*self.messages[:-1], answer), last_only=True) for answer in answers)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text of the document."""
+        if self.text is not None:
+            return (self.text,)
+        last = () if self.rejected is None else (self.rejected,)
+        return (*(message["content"] for message in self.messages), *last)
+
+    @property
+    def joined(self) -> str:
+        """All texts in one, a conversation's messages as paragraphs."""
+        return "\n\n".join(self.texts)
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of the texts, without anything that a template adds."""
+        return sum(len(part.encode("utf-8", "surrogatepass")) for part in self.texts)
 
 
 class BrokenRows:
@@ -75,8 +101,8 @@ def read_documents(
     """All documents of a source in file order. Raises :class:`DataError` naming the file and the line."""
     broken = broken or BrokenRows(source)
     if source.format == "qa":
-        for _, answered in question_documents(source, seed, broken):
-            yield answered
+        for _, drawn in question_documents(source, seed, broken):
+            yield drawn
         return
     for row in source_rows(source):
         try:
