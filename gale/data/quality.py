@@ -122,7 +122,10 @@ def _broken_ngram_rules(units: TextUnits, scale: int, rules: Quality) -> Iterato
             break
         _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
         top = int(counts.argmax())
-        if counts[top] >= _TOP_COUNT and counts[top] * lengths[first[top] : first[top] + n * scale].sum() > limit * total:
+        if (
+            counts[top] >= _TOP_COUNT
+            and counts[top] * lengths[first[top] : first[top] + n * scale].sum() > limit * total
+        ):
             yield "top_ngrams"
             break
     for n, limit in enumerate(rules.max_repeated_ngrams, start=5):

@@ -158,7 +158,8 @@ after repeating or leaving out what the recipe says.</p>
 <thead><tr><th>source</th><th class="text">reason</th><th class="text">text</th></tr></thead>
 <tbody>
 {% for s in samples[:200] %}
-<tr><td>{{ s.source }}</td><td class="text">{{ s.reason }}{% if s.like %}: {{ s.like.rpartition("/")[2] }}{% endif %}</td>
+<tr><td>{{ s.source }}</td>
+<td class="text">{{ s.reason }}{% if s.like %}: {{ s.like.rpartition("/")[2] }}{% endif %}</td>
 <td class="text">{{ s.excerpt }}</td></tr>
 {% endfor %}
 </tbody></table></div>
