@@ -33,7 +33,7 @@ QualityRule = Literal[
 
 
 class Languages(Recipe):
-    """Keep documents in these languages. py3langid (Lui and Baldwin 2012) reads the first 2,000 characters."""
+    """Keep documents in these languages. py3langid (Lui and Baldwin 2012) reads the first 1,000 characters."""
 
     keep: tuple[str, ...] = Field(
         min_length=1, description='ISO 639 codes such as "en"; "zh" takes in Wu and Cantonese, "zxx" is program text.'

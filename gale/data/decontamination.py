@@ -33,7 +33,7 @@ class ContaminationIndex:
         English document is found too.
         """
         for n, known in self.hashes.items():
-            found = units.ngrams(n)
+            found = np.sort(units.ngrams(n))  # neighbours are looked up faster than strangers
             at = np.searchsorted(known, found)
             hits = at[known[np.minimum(at, len(known) - 1)] == found]
             if len(hits):

@@ -8,7 +8,7 @@ from typing import Any
 from gale.data.cleaning_recipe import Languages
 
 UNDETERMINED = "und"
-_SAMPLE = 2000
+_SAMPLE = 1000
 # Written Chinese that the model tells apart by a word or two; who keeps "zh" means these too.
 _FOLDED = {"wuu": "zh", "yue": "zh"}
 

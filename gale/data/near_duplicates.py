@@ -15,10 +15,12 @@ _SEED = 42
 _RECALL = 0.9
 
 
-def sketch(units: TextUnits, recipe: NearDuplicates) -> RMinHash:
-    """The MinHash of a text's n-grams; a text shorter than one n-gram is a single n-gram."""
+def sketch(units: TextUnits, recipe: NearDuplicates) -> RMinHash | None:
+    """The MinHash of a text's n-grams; a shorter text is one n-gram, and one without units has none."""
+    if not len(units):
+        return None
     n = recipe.characters if units.spaceless else recipe.words
-    hashes = units.ngrams(min(n, max(1, len(units)))).tobytes()
+    hashes = units.ngrams(min(n, len(units))).tobytes()
     minhash = RMinHash(recipe.permutations, _SEED)
     minhash.update([hashes[i : i + 8] for i in range(0, len(hashes), 8)])
     return minhash

@@ -32,7 +32,8 @@ _CHINESE_MOBILE = r"(?:1(?:3\d|4[5-9]|5[0-35-9]|6[2567]|7[0-8]|8\d|9[0-35-9]))(?
 _CHINESE_LANDLINE = (
     r"(?:[(（]0(?:10|2\d|[3-9]\d{2})[)）] ?|0(?:10|2\d|[3-9]\d{2})[ -])[2-9]\d{6,7}(?:[ -]?(?:转|ext\.?) ?\d{1,5})?"
 )
-_NORTH_AMERICAN = r"(?:\([2-9]\d{2}\) ?|[2-9]\d{2}-)[2-9]\d{2}-\d{4}"
+# Not hotlines, which are nobody's own: 800 and its like, 400 in China.
+_NORTH_AMERICAN = r"(?!\(?(?:400|8(?:00|33|44|55|66|77|88)))(?:\([2-9]\d{2}\) ?|[2-9]\d{2}-)[2-9]\d{2}-\d{4}"
 _NOT_WITHIN_NUMBER = r"(?<![A-Za-z0-9_+./=-])"
 _NUMBER_ENDS = r"(?![A-Za-z0-9_]|[.,/-]\d|%)"
 _PHONE = re.compile(

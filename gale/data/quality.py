@@ -28,6 +28,7 @@ _NOTICE = re.compile(
 _NOTICE_HINTS = ("javascript", "cookie", "privacy policy", "terms of ")
 _NOTICE_CHARACTERS = 200  # a longer line speaks of these things, it is not one of a page's own
 _PAGE_LINES = 5  # with fewer lines a text is no page whose lines could be judged
+_TOP_COUNT = 4  # in a short text an n-gram may well stand two or three times
 
 
 def without_notices(text: str) -> tuple[str, int]:
@@ -49,7 +50,8 @@ def broken_rules(text: str, units: TextUnits, language: str, rules: Quality) -> 
 
 def _broken_rules(text: str, units: TextUnits, language: str, rules: Quality) -> Iterator[str]:
     spaceless = units.spaceless
-    count = int(units.lengths.sum()) if spaceless else len(units)
+    letters = int(units.lengths.sum())
+    count = letters if spaceless else len(units)
     low, high = (
         (rules.min_characters, rules.max_characters) if spaceless else (rules.min_words, rules.max_words)
     )  # fmt: skip
@@ -63,7 +65,7 @@ def _broken_rules(text: str, units: TextUnits, language: str, rules: Quality) ->
         yield "curly_brackets"
     if not count:
         return
-    if not spaceless and not rules.min_word_length <= count_letters(units) / count <= rules.max_word_length:
+    if not spaceless and not rules.min_word_length <= letters / count <= rules.max_word_length:
         yield "word_length"
     if (text.count("#") + len(_ELLIPSIS.findall(text))) / count > rules.max_symbols:
         yield "symbols"
@@ -76,11 +78,6 @@ def _broken_rules(text: str, units: TextUnits, language: str, rules: Quality) ->
         yield "few_sentences"
     yield from _broken_line_rules(text, spaceless, rules)
     yield from _broken_ngram_rules(units, 2 if spaceless else 1, rules)
-
-
-def count_letters(units: TextUnits) -> int:
-    """Characters in all units together."""
-    return int(units.lengths.sum())
 
 
 def _broken_line_rules(text: str, spaceless: bool, rules: Quality) -> Iterator[str]:
@@ -125,7 +122,10 @@ def _broken_ngram_rules(units: TextUnits, scale: int, rules: Quality) -> Iterato
             break
         _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
         top = int(counts.argmax())
-        if counts[top] > 1 and counts[top] * lengths[first[top] : first[top] + n * scale].sum() > limit * total:
+        if (
+            counts[top] >= _TOP_COUNT
+            and counts[top] * lengths[first[top] : first[top] + n * scale].sum() > limit * total
+        ):
             yield "top_ngrams"
             break
     for n, limit in enumerate(rules.max_repeated_ngrams, start=5):

@@ -34,9 +34,14 @@ def write_report(folder: Path, manifest: Mapping[str, Any], samples: Sequence[Ma
             redacted=_summed(sources, "redacted").most_common(),
             broken=[source for source in sources if source["broken_lines"]],
             samples=samples,
+            size=_size,
         )
     )
     files.write_text(folder / REPORT, text)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def _summed(sources: Sequence[Mapping[str, Any]], key: str) -> Counter[str]:
@@ -70,8 +75,8 @@ _PAGE = """\
   tfoot td { font-weight: 600; } code { font-size: 12px; overflow-wrap: anywhere; } .note { color: #5b6b7a; }
 </style>
 <h1>Prepared data</h1>
-<p>{{ "{:,}".format(total.read) }} documents ({{ "{:.1f}".format(total.read_bytes / 1e6) }} MB) were read and
-{{ "{:,}".format(total.kept) }} ({{ "{:.1f}".format(total.kept_bytes / 1e6) }} MB) kept, which make
+<p>{{ "{:,}".format(total.read) }} documents ({{ size(total.read_bytes) }}) were read and
+{{ "{:,}".format(total.kept) }} ({{ size(total.kept_bytes) }}) kept, which make
 {{ "{:,}".format(total.documents) }} documents and {{ "{:,}".format(total.tokens) }} tokens
 after repeating or leaving out what the recipe says.</p>
 <p class="note">Fingerprint <code>{{ manifest.fingerprint }}</code></p>
@@ -153,7 +158,8 @@ after repeating or leaving out what the recipe says.</p>
 <thead><tr><th>source</th><th class="text">reason</th><th class="text">text</th></tr></thead>
 <tbody>
 {% for s in samples[:200] %}
-<tr><td>{{ s.source }}</td><td class="text">{{ s.reason }}{% if s.like %}: {{ s.like }}{% endif %}</td>
+<tr><td>{{ s.source }}</td>
+<td class="text">{{ s.reason }}{% if s.like %}: {{ s.like.rpartition("/")[2] }}{% endif %}</td>
 <td class="text">{{ s.excerpt }}</td></tr>
 {% endfor %}
 </tbody></table></div>

@@ -29,7 +29,8 @@ def draw(sources: Sequence[Mapping[str, Any]], reasons: Counter[str], languages:
         figure = Figure(figsize=(11, sum(tall) + 0.5), layout="constrained")
         axes = figure.subplots(len(tall), 2, squeeze=False, height_ratios=tall)
         _before_and_after(axes[0, 0], shown, "read", "kept", 1, "documents")
-        _before_and_after(axes[0, 1], shown, "read_bytes", "kept_bytes", 1e6, "MB of text")
+        unit, name = (1e6, "MB") if max(source["read_bytes"] for source in shown) >= 1e6 else (1e3, "kB")
+        _before_and_after(axes[0, 1], shown, "read_bytes", "kept_bytes", unit, f"{name} of text")
         _bars(axes[1, 0], reasons.most_common(_BARS), "documents dropped, by reason")
         _sizes(axes[1, 1], sources)
         if languages:
@@ -52,7 +53,7 @@ def _before_and_after(
     axes.set_yticks(list(places), [_short(source["file"]) for source in sources])
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    axes.legend()
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     axes.grid(axis="x", alpha=0.3)
 
 

@@ -65,7 +65,9 @@ def find_files(path: Path, kind: FileKind | None = None) -> FoundFiles:
     elif path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
     elif is_pattern(path):
-        found = sorted(file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file())
+        fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+        matches = fixed.glob(str(path.relative_to(fixed)))
+        found = sorted(file for file in matches if file.is_file() and not _hidden(file, fixed))
     else:
         raise DataError(f"There is no data file {path}.", hint="Check the path in the recipe.")
     if kind is None and (office := [file for file in found if file.suffix.lower() in _OFFICE]):

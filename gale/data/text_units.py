@@ -26,7 +26,12 @@ class TextUnits:
     """The units of one text, in lower case."""
 
     def __init__(self, text: str) -> None:
-        self.units: list[str] = _UNIT.findall(text.lower())
+        self._text = text
+
+    @cached_property
+    def units(self) -> list[str]:
+        """Words and characters; found when first asked for, since not every recipe asks."""
+        return _UNIT.findall(self._text.lower())
 
     def __len__(self) -> int:
         return len(self.units)
