@@ -9,7 +9,7 @@ import torch
 
 from gale.data.prepare import ready_data
 from gale.data.shards import read_manifest
-from gale.model.config import ModelConfig
+from gale.model.config import Experts, ModelConfig
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from gale.train.loop import run
@@ -27,7 +27,7 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict
     tokenizer = Tokenizer.load(data / "tokenizer")
     shape = recipe.model
     config = ModelConfig(
-        family="qwen3",
+        family="qwen3_moe" if shape.experts else "qwen3",
         vocabulary_size=manifest["vocabulary_size"],
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -38,6 +38,7 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict
         context_length=shape.context_length,
         rope_theta=shape.rope_theta,
         tied_embeddings=shape.tied_embeddings,
+        experts=Experts(**shape.experts.model_dump()) if shape.experts else None,
     )
 
     def fresh(dtype: torch.dtype) -> Decoder:

@@ -10,8 +10,25 @@ from pydantic import Field, model_validator
 from gale.core.recipe import Recipe
 
 
+class ExpertsTable(Recipe):
+    """A mixture of experts in every layer: the Qwen3-MoE decoder."""
+
+    count: int = Field(ge=1, description="Experts of a layer.")
+    per_token: int = Field(ge=1, description="Experts that compute a token.")
+    intermediate_size: int = Field(ge=8, multiple_of=8, description="Hidden units of one expert.")
+    normalise: bool = Field(default=True, description="The weights of a token's experts sum to 1.")
+    balance_loss: float = Field(default=0.01, ge=0, description="Weight of the load-balancing loss.")
+    z_loss: float = Field(default=0.001, ge=0, description="Weight of the router z-loss.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> ExpertsTable:
+        if self.per_token > self.count:
+            raise ValueError(f"per_token ({self.per_token}) must not exceed count ({self.count})")
+        return self
+
+
 class Shape(Recipe):
-    """A new model's shape: the Qwen3 decoder."""
+    """A new model's shape: the Qwen3 decoder, with experts if there is a table for them."""
 
     hidden_size: int = Field(ge=8, multiple_of=8)
     intermediate_size: int = Field(ge=8, multiple_of=8)
@@ -22,6 +39,7 @@ class Shape(Recipe):
     context_length: int = Field(ge=16, description="Longest sequence the model is meant for, in tokens.")
     rope_theta: float = Field(default=10_000.0, gt=0)
     tied_embeddings: bool = True
+    experts: ExpertsTable | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Shape:
@@ -105,7 +123,110 @@ class PretrainRecipe(StageRecipe):
         return self
 
 
-class SftRecipe(StageRecipe):
-    """``gale train sft``: a chat model from a base model and conversations (supervised fine-tuning)."""
+class Lora(Recipe):
+    """Low-rank adapters (Hu et al. 2022) in place of training the whole model; the result is an adapter folder."""
+
+    rank: int = Field(default=16, ge=1, description="Width of an adapter.")
+    alpha: float = Field(default=32.0, gt=0, description="Adapters count alpha / rank times.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an adapter's inputs left out in training.")
+    targets: tuple[str, ...] = Field(
+        default=("layers.*",), min_length=1, description="Linear layers by name or pattern, such as q_proj; * is any."
+    )
+    adapter: Path | None = Field(
+        default=None, description="Train on from this adapter over the base, whose shape then stands."
+    )
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Lora:
+        if self.adapter is not None and (given := self.model_fields_set - {"adapter"}):
+            raise ValueError(f"with an adapter to train on from, leave out {', '.join(sorted(given))}")
+        return self
+
+
+class TuningRecipe(StageRecipe):
+    """What stages have in common that start from a model: all of it is trained, or adapters beside it."""
 
     base: Path = Field(description="Model folder to start from.")
+    lora: Lora | None = Field(default=None, description="Train adapters instead of the whole model.")
+
+
+class SftRecipe(TuningRecipe):
+    """``gale train sft``: a chat model from a base model and conversations (supervised fine-tuning)."""
+
+
+class PreferenceRecipe(TuningRecipe):
+    """What stages on preferences have in common: a row is a pair, and ``row_tokens`` the longest half of one."""
+
+    row_tokens: int = Field(ge=16, description="Longest prompt and answer; longer prompts lose their beginning.")
+
+
+class RewardRecipe(PreferenceRecipe):
+    """``gale train reward``: a model that scores answers, from preferences (Bradley & Terry 1952)."""
+
+    margin: float = Field(default=0.0, ge=0, description="By how much the chosen answer should at least be ahead.")
+    centre: float = Field(
+        default=0.01, ge=0, description="Weight of the squared sum of a pair's rewards, which holds them near 0."
+    )
+
+
+class DpoRecipe(PreferenceRecipe):
+    """``gale train dpo``: a chat model that prefers what people preferred (Rafailov et al. 2023)."""
+
+    loss: Literal["sigmoid", "ipo"] = Field(default="sigmoid", description="DPO's own, or IPO's square.")
+    beta: float = Field(default=0.1, gt=0, description="How dearly moving away from the base is paid for.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="sigmoid: the share of pairs that may be labelled the wrong way round."
+    )
+    length_normalised: bool = Field(default=False, description="Mean instead of summed log-probability of an answer.")
+    sft_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the chosen answer's cross-entropy (nats per token) beside it."
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_of_sigmoid(self) -> DpoRecipe:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError("label_smoothing belongs to the loss sigmoid")
+        return self
+
+
+class GrownExperts(Recipe):
+    """The experts that each feed-forward becomes: copies of it, as large as it is."""
+
+    count: int = Field(ge=2, description="Experts of a layer.")
+    per_token: int = Field(ge=1, description="Experts that compute a token.")
+    redrawn: float = Field(
+        default=0.0, ge=0, le=1, description="Share of each expert's units drawn anew; above 0 the function changes."
+    )
+    balance_loss: float = Field(default=0.01, ge=0, description="Weight of the load-balancing loss.")
+    z_loss: float = Field(default=0.001, ge=0, description="Weight of the router z-loss.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> GrownExperts:
+        if self.per_token > self.count:
+            raise ValueError(f"per_token ({self.per_token}) must not exceed count ({self.count})")
+        return self
+
+
+class Growth(Recipe):
+    """What becomes larger, and how; what is not named stays. With nothing named, the base is trained on as it is."""
+
+    layers: int | None = Field(default=None, ge=1)
+    placement: Literal["top", "interleave"] = Field(
+        default="top", description="New layers: the stack again on top, or each copy above its original."
+    )
+    preserve: bool = Field(
+        default=True, description="New layers are silent at first; false copies them whole, which changes the function."
+    )
+    hidden_size: int | None = Field(default=None, ge=8, multiple_of=8)
+    intermediate_size: int | None = Field(default=None, ge=8, multiple_of=8)
+    heads: int | None = Field(default=None, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    noise: float = Field(default=0.3, ge=0, le=1, description="Cancelling noise that lets copies part; wider only.")
+    experts: GrownExperts | None = None
+
+
+class GrowRecipe(StageRecipe):
+    """``gale train grow``: a larger model from a trained one, and its training on text."""
+
+    base: Path = Field(description="Model folder to grow.")
+    grow: Growth

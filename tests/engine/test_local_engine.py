@@ -30,7 +30,7 @@ from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 from tests.engine.conftest import answer, user
-from tests.tiny_model import make_model
+from tests.tiny_model import MIXTURE, make_model
 
 MakeEngine = Callable[..., LocalEngine]
 SHORT, LONG = "Where does the river go?", "The wind came over the hill. 门关上了。 " * 30
@@ -46,14 +46,16 @@ def slow_greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("kind", [{}, MIXTURE], ids=["dense", "experts"])
 @pytest.mark.parametrize("text", [SHORT, LONG], ids=["one chunk", "several chunks"])
 def test_greedy_tokens_are_those_of_the_whole_forward_pass(
-    make_engine: MakeEngine, model: Decoder, tokenizer: Tokenizer, text: str
+    make_engine: MakeEngine, tokenizer: Tokenizer, text: str, kind: dict[str, Any]
 ) -> None:
+    model = make_model(tokenizer, **kind)
     prompt = ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(text))
     expected = tokenizer.stream()
     words = "".join(expected.push(token) for token in slow_greedy(model, prompt, 24))
-    given, finished = asyncio.run(answer(make_engine(), text, temperature=0, max_tokens=24))
+    given, finished = asyncio.run(answer(make_engine(model), text, temperature=0, max_tokens=24))
     assert given == words
     assert finished.reason == "length"
     assert finished.usage.prompt_tokens == len(prompt)
