@@ -1,6 +1,6 @@
 """How far can a reward model be trusted? Gold reward and reward-model reward against the distance from the base model.
 
-    .venv/bin/python -m bench.overoptimisation [--quick] [--work FOLDER]
+    OMP_NUM_THREADS=1 .venv/bin/python -m bench.overoptimisation [--quick] [--work FOLDER]
 
 After Gao, Schulman & Hilton 2023, on the postcards of bench/postcards.py, whose true (gold) reward is a program. A base
 model learns to write cards; pairs of its cards are labelled by the gold reward, one label in ten wrong; a reward model
@@ -8,7 +8,8 @@ is trained on them. PPO and GRPO then optimise the reward model, DPO learns from
 by the reward model. Each policy is measured on the same prompts: both rewards, and KL(policy || base).
 
 Prints a Markdown table; writes bench/results/overoptimisation.json and docs/images/overoptimisation.svg. `--quick` is a
-rehearsal of three minutes that writes into FOLDER only.
+rehearsal of three minutes that writes into FOLDER only; `--redraw` makes table and picture again from the results.
+The matrices are so small that a second thread only waits for the first.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ from gale.train.rl import rl
 from gale.train.rl_recipe import RlRecipe
 
 ROOT = Path(__file__).parents[1]
+RESULTS, RESULT = ROOT / "bench" / "results", "overoptimisation.json"
+IMAGES, PICTURE = ROOT / "docs" / "images", "overoptimisation.svg"
 ANSWER_TOKENS = 40
 WRONG_LABELS = 0.1
 SEED = 1
@@ -318,7 +321,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--work", type=Path, help="Folder for everything in between.  [default: a temporary one]")
+    parser.add_argument("--redraw", action="store_true")
     options = parser.parse_args()
+    if options.redraw:
+        points = [Point(**point) for point in json.loads((RESULTS / RESULT).read_text())["points"]]
+        draw(points, IMAGES / PICTURE)
+        print(table(points))
+        return
     scale = QUICK if options.quick else FULL
     folder = options.work or Path(tempfile.mkdtemp(prefix="overoptimisation-"))
     began = time.perf_counter()
@@ -347,11 +356,10 @@ def main() -> None:
         "reward_model": about,
         "points": [asdict(point) for point in points],
     }
-    results = folder if options.quick else ROOT / "bench" / "results"
-    images = folder if options.quick else ROOT / "docs" / "images"
+    results, images = (folder, folder) if options.quick else (RESULTS, IMAGES)
     results.mkdir(parents=True, exist_ok=True)
-    (results / "overoptimisation.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(points, images / "overoptimisation.svg")
+    (results / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw(points, images / PICTURE)
     print(table(points))
     print(f"\n{result['seconds']} s; {about}; in between: {folder}")
 
@@ -360,20 +368,20 @@ METHODS = ("best of n", "GRPO", "PPO", "DPO")
 
 
 def runs(points: list[Point], method: str) -> dict[str, list[Point]]:
-    """The points of a method by run (its seed or beta), nearest to the base first."""
+    """The points of a method by run (its seed or beta), in the order of training."""
     found: dict[str, list[Point]] = {}
     for point in points:
         if point.method == method:
             name = point.strength.split(", ")[0] if ", " in point.strength else method
             found.setdefault(name, []).append(point)
-    return {name: sorted(several, key=lambda p: p.kl) for name, several in found.items()}
+    return found
 
 
 def table(points: list[Point]) -> str:
-    """For each run: the base, where the gold reward peaks, and where the run ends."""
+    """The base; and for each run where the gold reward peaks, and where it ends."""
     base = points[0]
     lines = [
-        "| method | run | peak of gold: sqrt KL | gold | reward model | furthest: sqrt KL | gold | reward model "
+        "| method | run | peak of gold: sqrt KL | gold | reward model | at the end: sqrt KL | gold | reward model "
         "| gold lost |",
         "|---|---|---|---|---|---|---|---|---|",
         f"| base | | 0 | {base.gold:.3f} | {base.proxy:.2f} | | | | |",
