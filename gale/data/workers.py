@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import multiprocessing
 import os
 import pickle
@@ -20,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
+from gale.core.cluster import joined_ray
 from gale.core.errors import DataError, GaleError
 from gale.core.settings import settings
 from gale.data.pipeline import Batch, BatchResult, BatchWorker, Job
@@ -66,41 +66,31 @@ def map_on_ray(job: Job, batches: Iterator[Batch], address: str) -> Iterator[Bat
     """Work on the batches with Ray Data on the cluster at ``address`` (or on the one this process is connected to).
 
     Batches travel to the machines and results back, so these need no files in common; they need Gale.
-    Raises :class:`DataError` where Ray is missing or there is no cluster.
+    Raises :class:`GaleError` where Ray is missing or there is no cluster.
     """
-    try:
+    with joined_ray(address):
         import ray
         import ray.data
-    except ImportError as error:
-        raise DataError("Ray is not installed.", hint="Install it with: pip install 'gale-llm[ray]'") from error
-    connected = ray.is_initialized()
-    if not connected:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise DataError(f"There is no Ray cluster at {address}: {error}") from error
-    try:
+
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # there is one already
         context.print_on_execution_start = False
-        reference = ray.put(job)
-        window = max(1, int(ray.cluster_resources().get("CPU", 1))) * _RAY_WINDOW
-        while some := list(itertools.islice(batches, window)):
-            rows = [{"number": number, "content": pickle.dumps(batch)} for number, batch in enumerate(some)]
-            data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                functools.partial(_work_on_ray, reference=reference)
-            )
-            results: dict[int, dict[str, Any]] = {row["number"]: row for row in data.iter_rows()}
-            for number in range(len(some)):
-                result = pickle.loads(results[number]["content"])  # noqa: S301 - made by _work_on_ray
-                if isinstance(result, GaleError):
-                    raise result
-                yield result
-    except ray.exceptions.RayError as error:
-        raise DataError(f"The Ray cluster could not do the work: {error}") from error
-    finally:
-        if not connected:
-            ray.shutdown()
+        try:
+            reference = ray.put(job)
+            window = max(1, int(ray.cluster_resources().get("CPU", 1))) * _RAY_WINDOW
+            while some := list(itertools.islice(batches, window)):
+                rows = [{"number": number, "content": pickle.dumps(batch)} for number, batch in enumerate(some)]
+                data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                    functools.partial(_work_on_ray, reference=reference)
+                )
+                results: dict[int, dict[str, Any]] = {row["number"]: row for row in data.iter_rows()}
+                for number in range(len(some)):
+                    result = pickle.loads(results[number]["content"])  # noqa: S301 - made by _work_on_ray
+                    if isinstance(result, GaleError):
+                        raise result
+                    yield result
+        except ray.exceptions.RayError as error:
+            raise DataError(f"The Ray cluster could not do the work: {error}") from error
 
 
 _worker: BatchWorker | None = None

@@ -311,7 +311,7 @@ def test_without_ray_the_message_says_what_to_install(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(GaleError) as caught:
         run(recipe, tmp_path / "out", ray="auto")
     assert "pip install 'gale-llm[ray]'" in str(caught.value.hint)
 
