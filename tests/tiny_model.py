@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from gale.model.config import ModelConfig
+import torch
+
+from gale.model.checkpoint import save_model
+from gale.model.config import Experts, ModelConfig
 from gale.model.transformer import Decoder
 from gale.text.template import GALE_CHAT_TEMPLATE
 from gale.text.tokenizer import Tokenizer
@@ -14,6 +18,12 @@ TEXTS = [
     "Where does the river go? It goes to the sea, and the sea goes nowhere.",
     "风从山上吹来，门关上了。河流去哪里？河流去大海。",
 ] * 20
+
+# What makes the tiny model a mixture of experts.
+MIXTURE: dict[str, Any] = {
+    "family": "qwen3_moe",
+    "experts": Experts(count=6, per_token=2, intermediate_size=24, balance_loss=0.02, z_loss=0.003),
+}
 
 
 def make_tokenizer() -> Tokenizer:
@@ -39,3 +49,14 @@ def make_model(tokenizer: Tokenizer, **changes: Any) -> Decoder:
         if parameter.ndim > 1:
             parameter.data *= 8
     return model.eval()
+
+
+def save_folder(tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """The tiny model and its tokenizer as a model folder; biases are drawn too, so that they show."""
+    model = make_model(tokenizer, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    save_model(model, folder, dtype=dtype)
+    tokenizer.save(folder)
+    return folder

@@ -18,6 +18,7 @@ from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
 from gale.model.config import ModelConfig
 from gale.model.transformer import Decoder
+from gale.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -46,19 +47,14 @@ def load_decoder(
     ``beside`` are further weights that the folder must hold, by the name under which it does; they are filled.
     """
     beside = beside or {}
-    paths = weight_files(folder)
-    stored_shapes = _stored_shapes(paths, config)
-    for name, weight in beside.items():
-        if (shape := stored_shapes.pop(name, None)) != list(weight.shape):
-            raise ModelError(f"{folder} must hold a weight {name} of shape {list(weight.shape)}, but holds {shape}.")
-    _check_shapes(folder, config, stored_shapes)
+    check_weights(folder, config, beside)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model.to_empty(device=device or torch.device("cpu"))
     # Built on the meta device, the tie and the rotary table were left without content.
     model.retie()
-    wanted = dict(model.named_parameters())
-    for path in paths:
+    wanted = dict(stored_weights(model))
+    for path in weight_files(folder):
         with _opened(path) as weights:
             for name, stored in _names(weights, config):
                 with torch.no_grad():
@@ -79,12 +75,67 @@ def save_model(
     ``beside`` are weights outside the decoder by name, ``settings`` what ``config.json`` says further or otherwise.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():  # names a tied parameter once, under its first name
+    for name, weight in stored_weights(model):
         full = name if name.startswith("lm_head.") else f"model.{name}"
-        tensors[full] = parameter.detach().to("cpu", dtype).contiguous()
+        tensors[full] = weight.detach().to("cpu", dtype).contiguous()
     tensors |= {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in (beside or {}).items()}
     files.write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     files.write_json(folder / "config.json", {**model.config.to_hugging_face(dtype=_NAMES[dtype]), **(settings or {})})
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model folder, which must not know more tokens than its model. Raises :class:`ModelError`."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocabulary_size > config.vocabulary_size:
+        raise ModelError(
+            f"{folder}: the tokenizer knows {tokenizer.vocabulary_size} tokens, "
+            f"the model only {config.vocabulary_size}."
+        )
+    return tokenizer
+
+
+def check_weights(
+    folder: Path, config: ModelConfig, beside: Mapping[str, Tensor] | None = None
+) -> dict[str, list[int]]:
+    """Shapes of the decoder's stored weights by name, which must be those that ``config`` asks for.
+
+    So must be those ``beside`` it. Reads the heads of the files only. Raises :class:`ModelError`.
+    """
+    shapes = _stored_shapes(weight_files(folder), config)
+    for name, weight in (beside or {}).items():
+        if (shape := shapes.pop(name, None)) != list(weight.shape):
+            raise ModelError(f"{folder} must hold a weight {name} of shape {list(weight.shape)}, but holds {shape}.")
+    _check_shapes(folder, config, shapes)
+    return shapes
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format in which weights are stored; fp32 where they differ or it is one Gale does not write."""
+    found = set()
+    for path in weight_files(folder):
+        with _opened(path) as weights:
+            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return kinds.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
+def stored_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Every weight as Hugging Face stores it: its name there, without ``model.``, and the part of ours that holds it.
+
+    A tied parameter comes once, under its first name. Stacked experts come one by one, as views.
+    """
+    for name, parameter in model.named_parameters():
+        stack, _, kind = name.rpartition(".")
+        if not stack.endswith("mlp.experts"):
+            yield name, parameter
+            continue
+        for expert, weight in enumerate(parameter):
+            if kind == "gate_up_proj":
+                gate_IC, up_IC = weight.chunk(2)
+                yield f"{stack}.{expert}.gate_proj.weight", gate_IC
+                yield f"{stack}.{expert}.up_proj.weight", up_IC
+            else:
+                yield f"{stack}.{expert}.{kind}.weight", weight
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -137,16 +188,24 @@ def _check_shapes(folder: Path, config: ModelConfig, stored: dict[str, list[int]
     layers = len({name.split(".")[1] for name in stored if name.startswith("layers.")})
     if config.layers > layers:
         raise ModelError(f"{folder} holds {layers} layers, but config.json asks for {config.layers}.")
-    try:
-        with torch.device("meta"):
-            one_layer = Decoder(replace(config, layers=1))
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        raise ModelError(f"{folder}: config.json asks for sizes that no computer holds.") from error
-    wanted = {
-        name.replace("layers.0.", f"layers.{layer}."): list(parameter.shape)
-        for name, parameter in one_layer.named_parameters()
-        for layer in range(config.layers if name.startswith("layers.") else 1)
-    }
+    kinds = [config.has_experts(layer) for layer in range(config.layers)]
+    experts = len({name.partition(".mlp.experts.")[2].partition(".")[0] for name in stored if ".mlp.experts." in name})
+    if config.experts is not None and any(kinds) and config.experts.count > experts:
+        raise ModelError(f"{folder} holds {experts} experts, but config.json asks for {config.experts.count}.")
+    wanted: dict[str, list[int]] = {}
+    for kind in set(kinds):  # one layer with experts and one without tell the shapes of all
+        one_layer = replace(config, layers=1)
+        if config.experts is not None:
+            one_layer = replace(one_layer, experts=replace(config.experts, every=1, dense_layers=() if kind else (0,)))
+        try:
+            with torch.device("meta"):
+                model = Decoder(one_layer)
+        except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+            raise ModelError(f"{folder}: config.json asks for sizes that no computer holds.") from error
+        of_kind = [layer for layer in range(config.layers) if kinds[layer] == kind]
+        for name, weight in stored_weights(model):
+            for layer in of_kind if name.startswith("layers.") else [0]:
+                wanted[name.replace("layers.0.", f"layers.{layer}.")] = list(weight.shape)
     for name, shape in stored.items():
         if name not in wanted:
             raise ModelError(f"{folder} holds a weight that its config.json has no place for: {name}.")

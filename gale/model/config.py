@@ -14,6 +14,7 @@ FAMILIES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -30,8 +31,27 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts (:mod:`gale.model.experts`) in place of the feed-forward of some layers, or of all.
+
+    Of ``count`` experts, ``per_token`` compute a token, each with ``intermediate_size`` hidden units; ``normalise``
+    makes their weights sum to 1. Every ``every``-th layer has experts, those in ``dense_layers`` (from 0) excepted.
+    ``balance_loss`` and ``z_loss`` weigh the losses of the same name in training.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalise: bool = True
+    every: int = 1
+    dense_layers: tuple[int, ...] = ()
+    balance_loss: float = 0.001
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One decoder-only transformer: the Qwen3 shape, with Llama, Mistral and Qwen2 as settings of it.
+    """One decoder-only transformer: the Qwen3 shape, with Llama, Mistral, Qwen2 and Qwen3-MoE as settings of it.
 
     ``hidden_size`` is C, ``heads`` H, ``kv_heads`` K, ``head_dim`` D in the shape suffixes of
     :mod:`gale.model.transformer`. ``sliding_window`` limits attention to that many newest tokens.
@@ -56,6 +76,10 @@ class ModelConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     sliding_from_layer: int = 0
+    experts: Experts | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.experts is not None) == (self.family == "qwen3_moe"), "the family tells that there are experts"
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
@@ -87,7 +111,7 @@ class ModelConfig:
             hidden = int(content["hidden_size"])
             layers = int(content["num_hidden_layers"])
             window, window_from = _read_sliding_window(content, family, layers)
-            bias = family in ("llama", "qwen3") and bool(content.get("attention_bias", False))
+            bias = family in ("llama", "qwen3", "qwen3_moe") and bool(content.get("attention_bias", False))
             config = cls(
                 family=family,
                 vocabulary_size=int(content["vocab_size"]),
@@ -102,12 +126,13 @@ class ModelConfig:
                 rope_scaling=_read_rope_scaling(content),
                 norm_eps=float(content.get("rms_norm_eps", 1e-6)),
                 tied_embeddings=bool(content.get("tie_word_embeddings", False)),
-                qk_norm=family == "qwen3",
+                qk_norm=family in ("qwen3", "qwen3_moe"),
                 qkv_bias=family == "qwen2" or bias,
                 output_bias=bias,
                 mlp_bias=family == "llama" and bool(content.get("mlp_bias", False)),
                 sliding_window=window,
                 sliding_from_layer=window_from,
+                experts=_read_experts(content) if family == "qwen3_moe" else None,
             )
         except KeyError as error:
             raise ModelError(f"config.json lacks {error.args[0]!r}.") from error
@@ -127,6 +152,13 @@ class ModelConfig:
             raise ModelError(f"config.json asks for {self.heads} heads, which {self.kv_heads} key heads cannot share.")
         if self.head_dim % 2:
             raise ModelError(f"config.json asks for heads of {self.head_dim} dimensions; rotary positions need pairs.")
+        if (experts := self.experts) is None:
+            return
+        for name in ("count", "per_token", "intermediate_size", "every"):
+            if not getattr(experts, name) > 0:
+                raise ModelError(f"config.json asks for experts with {name} {getattr(experts, name)}.")
+        if experts.per_token > experts.count:
+            raise ModelError(f"config.json asks for {experts.per_token} of {experts.count} experts a token.")
 
     def to_hugging_face(self, *, dtype: str) -> dict[str, Any]:
         """The content of a ``config.json`` that transformers (4 and 5), vLLM and llama.cpp open."""
@@ -176,23 +208,55 @@ class ModelConfig:
                 "sliding_window": self.sliding_window,
                 "max_window_layers": self.sliding_from_layer,
             }
+        if self.experts is not None:
+            content |= {
+                "num_experts": self.experts.count,
+                "num_experts_per_tok": self.experts.per_token,
+                "moe_intermediate_size": self.experts.intermediate_size,
+                "norm_topk_prob": self.experts.normalise,
+                "decoder_sparse_step": self.experts.every,
+                "mlp_only_layers": list(self.experts.dense_layers),
+                "router_aux_loss_coef": self.experts.balance_loss,
+                "router_z_loss_coef": self.experts.z_loss,  # no setting of Qwen's: the name is Switch Transformer's
+                "output_router_logits": False,
+            }
         return content
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer ``layer`` (from 0) has experts instead of one feed-forward."""
+        if self.experts is None or layer in self.experts.dense_layers:
+            return False
+        return (layer + 1) % self.experts.every == 0
 
     @property
     def body_parameters(self) -> int:
         """Parameters outside the embedding and the output head: what N stands for in scaling laws."""
+        return self._body(self.experts.count if self.experts else 0)
+
+    @property
+    def active_body_parameters(self) -> int:
+        """Those of :attr:`body_parameters` that compute one token: of the experts only the chosen ones."""
+        return self._body(self.experts.per_token if self.experts else 0)
+
+    def _body(self, experts: int) -> int:
+        """Parameters in the matrices of all layers, where each mixture counts ``experts`` of its experts."""
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        return self.layers * (attention + mlp)
+        dense = 3 * self.hidden_size * self.intermediate_size
+        mixture = 0
+        if self.experts is not None:
+            mixture = self.hidden_size * (self.experts.count + 3 * experts * self.experts.intermediate_size)
+        mixtures = sum(map(self.has_experts, range(self.layers)))
+        return self.layers * attention + (self.layers - mixtures) * dense + mixtures * mixture
 
     def flops_per_token(self, context_length: int) -> float:
         """Floating-point operations of one trained token, forward and backward (6N plus attention, Kaplan et al. 2020).
 
-        The output head counts, the embedding look-up does not; causal attention sees half the context on average.
+        The output head counts, the embedding look-up does not, and of the experts only the chosen ones do; causal
+        attention sees half the context on average.
         """
         head = self.hidden_size * self.vocabulary_size
         attention = self.layers * self.heads * self.head_dim * context_length
-        return 6.0 * (self.body_parameters + head) + 6.0 * attention
+        return 6.0 * (self.active_body_parameters + head) + 6.0 * attention
 
 
 def _read_family(content: dict[str, Any]) -> str:
@@ -221,6 +285,8 @@ def _read_sliding_window(content: dict[str, Any], family: str, layers: int) -> t
         return (int(window) if window else None), 0
     if family == "llama" or not content.get("use_sliding_window") or not content.get("sliding_window"):
         return None, 0
+    if family == "qwen3_moe":
+        return int(content["sliding_window"]), 0
     if kinds := content.get("layer_types"):
         full = kinds.count("full_attention")
         if len(kinds) != layers or kinds != (["full_attention"] * full + ["sliding_attention"] * (len(kinds) - full)):
@@ -228,6 +294,21 @@ def _read_sliding_window(content: dict[str, Any], family: str, layers: int) -> t
     else:
         full = int(content.get("max_window_layers", 28))
     return int(content["sliding_window"]), full
+
+
+def _read_experts(content: dict[str, Any]) -> Experts:
+    # transformers 5 writes the number of experts under a name of its own; what is absent is as it takes it.
+    count = content.get("num_local_experts")
+    return Experts(
+        count=int(content["num_experts"] if count is None else count),
+        per_token=int(content["num_experts_per_tok"]),
+        intermediate_size=int(content["moe_intermediate_size"]),
+        normalise=bool(content.get("norm_topk_prob", False)),
+        every=int(content.get("decoder_sparse_step", 1)),
+        dense_layers=tuple(int(layer) for layer in content.get("mlp_only_layers") or ()),
+        balance_loss=float(content.get("router_aux_loss_coef", 0.001)),
+        z_loss=float(content.get("router_z_loss_coef", 0.0)),
+    )
 
 
 def _read_rope_scaling(content: dict[str, Any]) -> RopeScaling | None:

@@ -8,7 +8,8 @@ is one forward pass, whoever runs it.
 Shape suffixes: N tokens, C hidden size, H query heads, K key/value heads, D head dimension, V vocabulary.
 
 References: Qwen3 (Yang et al. 2025), RMSNorm (Zhang & Sennrich 2019), RoPE (Su et al. 2021), grouped-query
-attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), QK-norm (Dehghani et al. 2023).
+attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), QK-norm (Dehghani et al. 2023). Mixtures of experts
+stand in :mod:`gale.model.experts`, with references of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gale.model.config import ModelConfig
+from gale.model.experts import AUXILIARY_LOSSES, MixtureOfExperts
+
+# The matrices that write into the residual stream.
+_OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
 
 class Attend(Protocol):
@@ -91,7 +96,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MixtureOfExperts(config) if config.has_experts(layer) else MLP(config)
 
     def forward(self, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor, attend: Attend) -> Tensor:
         x_NC = x_NC + self.self_attn(self.input_layernorm(x_NC), cos_ND, sin_ND, attend)
@@ -99,7 +104,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole model. Parameter names are Hugging Face's without the ``model.`` prefix of the trunk."""
+    """The whole model. Parameter names are Hugging Face's without the ``model.`` prefix of the trunk.
+
+    Only the experts of a layer are named otherwise: they are stacked (:class:`gale.model.experts.ExpertWeights`).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -130,6 +138,17 @@ class Decoder(nn.Module):
         """Scores [N, V] of the next token; ask only for the rows that are needed, this is the widest product."""
         return self.lm_head(x_NC)  # type: ignore[no-any-return]
 
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """The routers' unweighted losses in the last forward, by name, each the mean over the layers with experts.
+
+        They belong to that forward's graph. Empty for a dense model and in evaluation. ``config.experts`` holds the
+        weight of each under the same name.
+        """
+        mixtures = [block.mlp for block in self.layers if isinstance(block.mlp, MixtureOfExperts) and block.mlp.losses]
+        if not mixtures:
+            return {}
+        return {name: torch.stack([mlp.losses[name] for mlp in mixtures]).mean() for name in AUXILIARY_LOSSES}
+
     def rotary(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine tables [N, 1, D] in the two-halves layout of Hugging Face."""
         self._frequencies_D = self._frequencies_D.to(positions_N.device)  # a model may have been moved
@@ -145,7 +164,7 @@ class Decoder(nn.Module):
             if parameter.ndim == 1:
                 nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
             else:
-                scale = depth_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                scale = depth_scale if name.endswith(_OUTPUT_PROJECTIONS) else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
 
 

@@ -22,22 +22,25 @@ from gale.train.stage import Loss, Objective
 class NextToken(Objective[Decoder]):
     """Cross-entropy in nats over the trained tokens of ``training``; held-out splits are read in the same way.
 
-    For mixtures of experts, ``balance_loss`` and ``z_loss`` weigh what keeps the router even and small.
+    A mixture of experts is also trained to keep its routers even and small, as its configuration weighs that; the loss
+    that is logged stays the cross-entropy. How even a router is depends on what it sees: one micro-batch at a time.
     """
 
     training: PackedRows
     held_out: dict[str, PackedRows]
     evaluate_rows: int
     micro_rows: int
-    balance_loss: float = 0.0
-    z_loss: float = 0.0
 
     def loss(self, model: Decoder, first_row: int, rows: int) -> Loss:
-        """See :meth:`gale.train.stage.Objective.loss`; the logged loss is the cross-entropy alone."""
+        """See :meth:`gale.train.stage.Objective.loss`."""
         batch = self.training.batch(first_row, rows)
         nats: Tensor = -trained_logprobs(model, batch).sum()
         items = batch.trained_tokens
-        return Loss(nats, items, len(batch.ids_N), {})
+        routers = {name: value * items for name, value in model.auxiliary_losses().items()}
+        for name, value in routers.items():
+            weighted = getattr(model.config.experts, name) * value
+            nats = nats + (weighted - weighted.detach())  # its gradient without its value
+        return Loss(nats, items, len(batch.ids_N), {name: float(value.detach()) for name, value in routers.items()})
 
     def describe(self, first_row: int, rows: int) -> str:
         """The documents of these rows."""

@@ -10,8 +10,25 @@ from pydantic import Field, model_validator
 from gale.core.recipe import Recipe
 
 
+class ExpertsTable(Recipe):
+    """A mixture of experts in every layer: the Qwen3-MoE decoder."""
+
+    count: int = Field(ge=1, description="Experts of a layer.")
+    per_token: int = Field(ge=1, description="Experts that compute a token.")
+    intermediate_size: int = Field(ge=8, multiple_of=8, description="Hidden units of one expert.")
+    normalise: bool = Field(default=True, description="The weights of a token's experts sum to 1.")
+    balance_loss: float = Field(default=0.01, ge=0, description="Weight of the load-balancing loss.")
+    z_loss: float = Field(default=0.001, ge=0, description="Weight of the router z-loss.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> ExpertsTable:
+        if self.per_token > self.count:
+            raise ValueError(f"per_token ({self.per_token}) must not exceed count ({self.count})")
+        return self
+
+
 class Shape(Recipe):
-    """A new model's shape: the Qwen3 decoder."""
+    """A new model's shape: the Qwen3 decoder, with experts if there is a table for them."""
 
     hidden_size: int = Field(ge=8, multiple_of=8)
     intermediate_size: int = Field(ge=8, multiple_of=8)
@@ -22,6 +39,7 @@ class Shape(Recipe):
     context_length: int = Field(ge=16, description="Longest sequence the model is meant for, in tokens.")
     rope_theta: float = Field(default=10_000.0, gt=0)
     tied_embeddings: bool = True
+    experts: ExpertsTable | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Shape:
@@ -178,3 +196,46 @@ class DpoRecipe(PreferenceRecipe):
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError("label_smoothing belongs to the loss sigmoid")
         return self
+
+
+class GrownExperts(Recipe):
+    """The experts that each feed-forward becomes: copies of it, as large as it is."""
+
+    count: int = Field(ge=2, description="Experts of a layer.")
+    per_token: int = Field(ge=1, description="Experts that compute a token.")
+    redrawn: float = Field(
+        default=0.0, ge=0, le=1, description="Share of each expert's units drawn anew; above 0 the function changes."
+    )
+    balance_loss: float = Field(default=0.01, ge=0, description="Weight of the load-balancing loss.")
+    z_loss: float = Field(default=0.001, ge=0, description="Weight of the router z-loss.")
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> GrownExperts:
+        if self.per_token > self.count:
+            raise ValueError(f"per_token ({self.per_token}) must not exceed count ({self.count})")
+        return self
+
+
+class Growth(Recipe):
+    """What becomes larger, and how; what is not named stays. With nothing named, the base is trained on as it is."""
+
+    layers: int | None = Field(default=None, ge=1)
+    placement: Literal["top", "interleave"] = Field(
+        default="top", description="New layers: the stack again on top, or each copy above its original."
+    )
+    preserve: bool = Field(
+        default=True, description="New layers are silent at first; false copies them whole, which changes the function."
+    )
+    hidden_size: int | None = Field(default=None, ge=8, multiple_of=8)
+    intermediate_size: int | None = Field(default=None, ge=8, multiple_of=8)
+    heads: int | None = Field(default=None, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    noise: float = Field(default=0.3, ge=0, le=1, description="Cancelling noise that lets copies part; wider only.")
+    experts: GrownExperts | None = None
+
+
+class GrowRecipe(StageRecipe):
+    """``gale train grow``: a larger model from a trained one, and its training on text."""
+
+    base: Path = Field(description="Model folder to grow.")
+    grow: Growth

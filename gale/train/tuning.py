@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from gale.text.tokenizer import Tokenizer
 from gale.train.model_folder import check_fits, export_decoder, export_reward_model
 from gale.train.pairs import PairedRows
 from gale.train.recipe import PreferenceRecipe, TuningRecipe
+from gale.train.samples import decoder_samples
 from gale.train.stage import Objective, Stage
 
 ModelType = TypeVar("ModelType", Decoder, RewardModel)
@@ -41,7 +43,9 @@ def tuned_decoder(
     """
     config = ModelConfig.load(recipe.base)
     flops = config.flops_per_token(recipe.row_tokens)
-    return _tuned(name, recipe, data, objective, facts, config, flops, _open_decoder, export_decoder)
+    stage = _tuned(name, recipe, data, objective, facts, config, flops, _open_decoder, export_decoder)
+    tokenizer = Tokenizer.load(data / "tokenizer")
+    return replace(stage, samples=decoder_samples(recipe, tokenizer, config.context_length, chat=True))
 
 
 def tuned_reward_model(

@@ -21,8 +21,8 @@ from gale.engine.request import (
     Finished,
     SamplingParams,
     TextDelta,
+    TokenScore,
 )
-from gale.engine.sampler import Sampler
 from gale.engine.sequence import Sequence
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import save_model
@@ -30,7 +30,7 @@ from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 from tests.engine.conftest import answer, user
-from tests.tiny_model import make_model
+from tests.tiny_model import MIXTURE, make_model
 
 MakeEngine = Callable[..., LocalEngine]
 SHORT, LONG = "Where does the river go?", "The wind came over the hill. 门关上了。 " * 30
@@ -46,14 +46,16 @@ def slow_greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("kind", [{}, MIXTURE], ids=["dense", "experts"])
 @pytest.mark.parametrize("text", [SHORT, LONG], ids=["one chunk", "several chunks"])
 def test_greedy_tokens_are_those_of_the_whole_forward_pass(
-    make_engine: MakeEngine, model: Decoder, tokenizer: Tokenizer, text: str
+    make_engine: MakeEngine, tokenizer: Tokenizer, text: str, kind: dict[str, Any]
 ) -> None:
+    model = make_model(tokenizer, **kind)
     prompt = ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(text))
     expected = tokenizer.stream()
     words = "".join(expected.push(token) for token in slow_greedy(model, prompt, 24))
-    given, finished = asyncio.run(answer(make_engine(), text, temperature=0, max_tokens=24))
+    given, finished = asyncio.run(answer(make_engine(model), text, temperature=0, max_tokens=24))
     assert given == words
     assert finished.reason == "length"
     assert finished.usage.prompt_tokens == len(prompt)
@@ -216,14 +218,14 @@ def test_a_failed_step_fails_its_requests_and_not_the_engine(
 
 def test_one_broken_answer_does_not_end_the_others(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    choose = Sampler.choose
+    accept = Sequence.accept
 
-    def broken(self: Sampler, logits_V: Tensor) -> int:
-        if self._params.seed == 13:
+    def broken(self: Sequence, token: int, score: TokenScore | None = None) -> None:
+        if self.params.seed == 13:
             raise RuntimeError("bad luck")
-        return choose(self, logits_V)
+        accept(self, token, score)
 
-    monkeypatch.setattr(Sampler, "choose", broken)
+    monkeypatch.setattr(Sequence, "accept", broken)
 
     async def run() -> list[Any]:
         answers = (answer(engine, SHORT, seed=seed, max_tokens=8) for seed in (1, 13, 2))

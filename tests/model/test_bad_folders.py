@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from gale.core.errors import ModelError
 from gale.model.checkpoint import load_model, save_model
 from gale.model.transformer import Decoder
+from gale.text.tokenizer import Tokenizer
+from tests.tiny_model import MIXTURE, make_model
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config is no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ["not valid JSON"]),
     "architecture": (
         config(architectures=["GPT2LMHeadModel"]),
-        ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
+        ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"],
     ),
     "no architecture": (config(architectures=None, model_type=None), ["unnamed"]),
     "quantised": (config(quantization_config={"bits": 4}), ["pre-quantised"]),
@@ -100,9 +102,31 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_fault_is_named(folder: Path, fault: str) -> None:
-    spoil, said = FAULTS[fault]
+UP = "model.layers.1.mlp.experts.3.up_proj.weight"
+MIXTURE_FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "experts without a number": (config(num_experts=None), ["lacks 'num_experts'"]),
+    "experts of no number": (config(num_experts="many"), ["wrong kind"]),
+    "no experts": (config(num_experts=0), ["experts with count 0"]),
+    "more experts a token than there are": (config(num_experts_per_tok=7), ["7 of 6 experts"]),
+    "experts beyond any patience": (config(num_experts=10**9), ["holds 6 experts", "1000000000"]),
+    "experts too few": (config(num_experts=5), ["no place for: layers.0.mlp.experts.5."]),
+    "experts of another size": (config(moe_intermediate_size=8), ["[48, 24]", "[48, 8]"]),
+    "experts beyond any memory": (config(moe_intermediate_size=10**30), ["no computer"]),
+    "dense layers that are none": (config(mlp_only_layers=[1]), ["no place for: layers.1.mlp.experts."]),
+    "experts where there are none": (config(mlp_only_layers="no"), ["wrong kind"]),
+    "step of no layers": (config(decoder_sparse_step=0), ["every 0"]),
+    "expert missing": (weights(lambda t: t.pop(UP)), ["lacks 1 weights", UP.removeprefix("model.")]),
+    "expert of wrong shape": (weights(lambda t: t.update({UP: torch.ones(48, 24)})), ["up_proj", "[48, 24]"]),
+    "router missing": (weights(lambda t: t.pop("model.layers.0.mlp.gate.weight")), ["layers.0.mlp.gate.weight"]),
+    "expert outside any layer": (weights(lambda t: t.update({"a.mlp.experts.": torch.ones(1)})), ["no place for: a."]),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *MIXTURE_FAULTS])
+def test_the_fault_is_named(folder: Path, tokenizer: Tokenizer, fault: str) -> None:
+    spoil, said = {**FAULTS, **MIXTURE_FAULTS}[fault]
+    if fault in MIXTURE_FAULTS:
+        save_model(make_model(tokenizer, **MIXTURE), folder, dtype=torch.float32)
     spoil(folder)
     with pytest.raises(ModelError) as caught:
         load_model(folder, dtype=torch.float32)

@@ -13,6 +13,8 @@ from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model, save_model
 from gale.model.config import ModelConfig, RopeScaling
 from gale.model.transformer import Decoder
+from gale.text.tokenizer import Tokenizer
+from tests.tiny_model import MIXTURE, make_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,6 +37,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CASES = {
     "llama": ("Llama", {}),
     "llama, one key head, odd heads": (
@@ -57,6 +60,15 @@ CASES = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3, tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3, bias": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
+    "qwen3-moe, weights that sum to 1": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3-moe, one expert a token": ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 1}),
+    "qwen3-moe, all experts a token": ("Qwen3Moe", {**EXPERTS, "num_experts_per_tok": 5}),
+    "qwen3-moe, some layers dense": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0, 2]}),
+    "qwen3-moe, every second layer": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
+    "qwen3-moe, all layers dense": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0, 1, 2]}),
+    "qwen3-moe, tied, biases": ("Qwen3Moe", {**EXPERTS, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3-moe, window": ("Qwen3Moe", {**EXPERTS, "use_sliding_window": True, "sliding_window": 7}),
 }
 
 
@@ -102,8 +114,9 @@ def test_their_checkpoint_opens_here_and_ours_there_with_equal_logits(name: str,
     assert load_model(tmp_path / "ours", dtype=torch.float32).config == opened.config
 
 
-def test_sharded_weights_are_found(tmp_path: Path) -> None:
-    original = theirs("Qwen3", {"head_dim": 8})
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+def test_sharded_weights_are_found(name: str, tmp_path: Path) -> None:
+    original = theirs(*CASES[name])
     original.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     ids = torch.arange(20)
@@ -119,7 +132,11 @@ def test_the_older_spelling_of_rope_scaling_is_read() -> None:
     assert config.rope_scaling == RopeScaling(kind="linear", factor=2.0)
 
 
-def test_a_model_saved_in_bf16_loads_as_it_was_saved(tmp_path: Path, model: Decoder) -> None:
+@pytest.mark.parametrize("changes", [{}, {"tied_embeddings": False}, MIXTURE], ids=["tied", "untied", "experts"])
+def test_a_model_saved_in_bf16_loads_as_it_was_saved(
+    changes: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    model = make_model(tokenizer, **changes)
     save_model(model, tmp_path, dtype=torch.bfloat16)
     opened = load_model(tmp_path, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -132,6 +149,17 @@ def test_the_rotary_angles_stay_exact_when_weights_are_bf16(model: Decoder) -> N
     assert torch.equal(narrow.rotary(positions, torch.float32)[0], model.rotary(positions, torch.float32)[0])
 
 
-def test_body_parameters_are_counted_without_embeddings(model: Decoder) -> None:
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers."))
+@pytest.mark.parametrize("changes", [{}, MIXTURE], ids=["dense", "experts"])
+def test_body_parameters_are_counted_without_embeddings(changes: dict[str, Any], tokenizer: Tokenizer) -> None:
+    model = make_model(tokenizer, **changes)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and n.startswith("layers."))
     assert model.config.body_parameters == matrices
+
+
+def test_only_chosen_experts_count_as_active(tokenizer: Tokenizer) -> None:
+    dense, mixture = make_model(tokenizer).config, make_model(tokenizer, **MIXTURE).config
+    assert dense.active_body_parameters == dense.body_parameters
+    idle = mixture.layers * (6 - 2) * 3 * mixture.hidden_size * 24
+    assert mixture.active_body_parameters == mixture.body_parameters - idle
+    head = mixture.hidden_size * mixture.vocabulary_size
+    assert mixture.flops_per_token(0) == 6 * (mixture.active_body_parameters + head)
