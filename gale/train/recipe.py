@@ -160,9 +160,18 @@ class PreferenceRecipe(TuningRecipe):
     row_tokens: int = Field(ge=16, description="Longest prompt and answer; longer prompts lose their beginning.")
 
 
+class RewardOptimiser(Optimiser):
+    """As for other stages, but for what a score that begins at zero changes."""
+
+    spike_factor: float = Field(
+        default=0.0, ge=0, description="As elsewhere, but off: the gradient of a fresh score rises manyfold at first."
+    )
+
+
 class RewardRecipe(PreferenceRecipe):
     """``gale train reward``: a model that scores answers, from preferences (Bradley & Terry 1952)."""
 
+    optimiser: RewardOptimiser
     margin: float = Field(default=0.0, ge=0, description="By how much the chosen answer should at least be ahead.")
     centre: float = Field(
         default=0.01, ge=0, description="Weight of the squared sum of a pair's rewards, which holds them near 0."
