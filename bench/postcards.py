@@ -25,7 +25,7 @@ CLOSINGS = ("yours", "love", "goodbye")
 CONTEXT = 64
 
 # The gold reward: what a card is worth, from 0 to 1.
-_START, _NAME, _TOPIC, _WARM_WORD, _CLOSING = 0.1, 0.25, 0.25, 0.1, 0.1
+_START, _NAME, _TOPIC, _WARM_WORD, _CLOSING = 0.1, 0.15, 0.15, 0.15, 0.15
 _ENOUGH_WARM_WORDS = 3
 _REPEATED, _TOO_LONG, _LONGEST = 0.06, 0.03, 22
 
