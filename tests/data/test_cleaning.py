@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gale.core.errors import DataError, RecipeError
+from gale.core.errors import DataError, GaleError, RecipeError
 from gale.core.recipe import load_recipe
 from gale.data import workers
 from gale.data.mixing import resolve_epochs
