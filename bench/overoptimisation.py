@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gale.train.dpo import dpo
-from gale.train.reward import reward as train_reward
 from safetensors.torch import load_file
 
 from bench.postcards import CONTEXT, NAMES, TOPICS, asked, gold, write_rows, write_world
@@ -43,10 +41,12 @@ from gale.model.checkpoint import load_model
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from gale.train.best_of_n import best_of_n_divergence, expected_best
+from gale.train.dpo import dpo
 from gale.train.losses import trained_logprobs
 from gale.train.pretrain import pretrain
 from gale.train.prompts import Prompt, read_prompts
 from gale.train.recipe import DpoRecipe, PretrainRecipe, RewardRecipe
+from gale.train.reward import reward as train_reward
 from gale.train.rewards import ModelJudge, answers_batch
 from gale.train.rl import rl
 from gale.train.rl_recipe import RlRecipe
