@@ -26,7 +26,7 @@ from gale.model.transformer import Decoder
 from gale.train.checkpoints import load_checkpoint, save_checkpoint
 from gale.train.metrics import METRICS, MetricsLog, header
 from gale.train.optim import MasterWeights, learning_rate
-from gale.train.parallel import World, joined, shard
+from gale.train.parallel import World, joined, let_go, shard
 from gale.train.report import plot_curves, write_report
 from gale.train.stage import ModelType, Stage
 from gale.train.tensorboard import FOLDER as TENSORBOARD
@@ -193,8 +193,10 @@ def _evaluate(
         model.eval()
         row = {"held_out": stage.objective.evaluate(model, world)}
         if optimiser.averages:
+            let_go(model)
             optimiser.refresh(averaged=True)
             row["held_out_average"] = stage.objective.evaluate(model, world)
+            let_go(model)
             optimiser.refresh()
         model.train()
     return row

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gale.core.errors import GaleError
@@ -93,6 +93,16 @@ def shard(model: nn.Module, world: World) -> None:
     # The root's own parameters (embedding, head) stay gathered between forward and backward, so the head may be used
     # outside the forward pass, as the losses do.
     fully_shard(model, reshard_after_forward=False)
+
+
+def let_go(model: nn.Module) -> None:
+    """Forget what a forward pass without a backward left gathered; call it wherever weights are changed after one.
+
+    Otherwise the next forward pass would find the old embedding and head, and take them for the present ones.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(tensor: Tensor) -> Tensor:
