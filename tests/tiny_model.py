@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from gale.model.checkpoint import save_model
 from gale.model.config import Experts, ModelConfig
 from gale.model.transformer import Decoder
 from gale.text.template import GALE_CHAT_TEMPLATE
@@ -45,3 +49,14 @@ def make_model(tokenizer: Tokenizer, **changes: Any) -> Decoder:
         if parameter.ndim > 1:
             parameter.data *= 8
     return model.eval()
+
+
+def save_folder(tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """The tiny model and its tokenizer as a model folder; biases are drawn too, so that they show."""
+    model = make_model(tokenizer, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    save_model(model, folder, dtype=dtype)
+    tokenizer.save(folder)
+    return folder

@@ -17,10 +17,12 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="What to measure.  [default: a short text in each language]")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.json and report.md.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for report.html, report.md and report.json.")
+    ] = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Measure a model: bits per byte of held-out text in each language, and answers to a few prompts."""
+    """Measure a model: text, grammar, choices, labels, answers; with chance beside every score."""
     from gale.evals.recipe import DEFAULT_RECIPE, EvalRecipe
     from gale.registry.models import resolve_model
 
@@ -28,8 +30,8 @@ def evaluate(
     folder = resolve_model(model)
 
     from gale.core import files
+    from gale.evals.page import to_html, to_markdown
     from gale.evals.report import evaluate as run
-    from gale.evals.report import to_markdown
 
     report = run(folder, settings)
     page = to_markdown(report)
@@ -38,4 +40,5 @@ def evaluate(
         out = output_folder(out, "eval")
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.md", page)
+        files.write_text(out / "report.html", to_html(report))
         typer.echo(f"Written to {out}")

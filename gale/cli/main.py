@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 import gale
-from gale.cli import chat, data, eval, serve, train
+from gale.cli import chat, data, eval, model, plan, serve, train
 from gale.core.errors import GaleError
 from gale.core.logging import configure_logging
 from gale.core.progress import console
@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
+app.add_typer(model.app, name="model")
+app.command("plan")(plan.plan)
 app.command("eval")(eval.evaluate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)

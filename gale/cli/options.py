@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from gale.core import files
-from gale.core.recipe import Recipe, load_recipe
+from gale.core.recipe import Completion, Recipe, load_recipe
 from gale.core.settings import settings
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe; see recipes/.")]
@@ -25,14 +25,25 @@ OutOption = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result.  [default: a new one under GALE_HOME/runs]")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address ('local' starts one here)."),
+]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes on the Ray cluster.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)
 
 
-def read_recipe(path: Path, kind: type[RecipeType], overrides: list[str] | None, dry_run: bool) -> RecipeType:
-    """Load a recipe; with ``dry_run`` print it and exit."""
-    recipe = load_recipe(path, kind, overrides or [])
+def read_recipe(
+    path: Path,
+    kind: type[RecipeType],
+    overrides: list[str] | None,
+    dry_run: bool,
+    complete: Completion | None = None,
+) -> RecipeType:
+    """Load a recipe, see :func:`gale.core.recipe.load_recipe`; with ``dry_run`` print it and exit."""
+    recipe = load_recipe(path, kind, overrides or [], complete=complete)
     if dry_run:
         typer.echo(json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False, indent=2))
         raise typer.Exit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +13,15 @@ from gale.cli.options import (
     DryRunOption,
     OutOption,
     OverridesArgument,
+    RayOption,
     RecipeArgument,
     ResumeOption,
+    WorkersOption,
     output_folder,
     read_recipe,
 )
+from gale.core import files
+from gale.core.recipe import Completion, Recipe
 
 app = typer.Typer(help="Train a tokenizer or a model.", no_args_is_help=True)
 
@@ -41,16 +47,28 @@ def pretrain(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     out: OutOption = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Derive what the recipe does not say from this many layers, and print it.")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="The same from the floating-point operations to spend, for example 1e15.")
+    ] = None,
     resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Train a new model on prepared text. Killed at any moment, `--resume` goes on with the same curve."""
+    """Train a new model on prepared text. Killed at any moment, `--resume` goes on with the same curve.
+
+    For several processes: torchrun --nproc-per-node 2 -m gale.cli train pretrain RECIPE --out DIR
+    """
     from gale.train.pretrain import pretrain as run
     from gale.train.recipe import PretrainRecipe
 
-    settings = read_recipe(recipe, PretrainRecipe, overrides, dry_run)
+    turned = None if depth is None and flops is None else _dial(depth, flops, dry_run)
+    settings = read_recipe(recipe, PretrainRecipe, overrides, dry_run, turned)
     folder = output_folder(out, "pretrain", resume=resume)
-    _report(run(settings, folder, resume=resume), folder)
+    _report(_run(run, settings, folder, resume, ray, workers), folder)
 
 
 @app.command()
@@ -85,6 +103,8 @@ def sft(
     overrides: OverridesArgument = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
     dry_run: DryRunOption = False,
 ) -> None:
     """Fine-tune a base model on conversations, with the loss on the assistant's tokens only."""
@@ -93,15 +113,171 @@ def sft(
 
     settings = read_recipe(recipe, SftRecipe, overrides, dry_run)
     folder = output_folder(out, "sft", resume=resume)
-    _report(run(settings, folder, resume=resume), folder)
+    _report(_run(run, settings, folder, resume, ray, workers), folder)
 
 
-def _report(summary: dict[str, Any], folder: Path) -> None:
+def _run(
+    train: Callable[..., dict[str, Any]], recipe: Recipe, folder: Path, resume: bool, ray: str | None, workers: int
+) -> dict[str, Any]:
+    """Run a stage here, or on a Ray cluster."""
+    if ray is None:
+        return train(recipe, folder, resume=resume)
+    import torch
+
+    from gale.train.on_ray import run_on_ray
+
+    gpus = torch.cuda.is_available()
+    return run_on_ray(train, recipe, folder, resume=resume, address=ray, workers=workers, gpus=gpus)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: the --out of a training command.")],
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the metrics as TensorBoard event files.")
+    ] = False,
+) -> None:
+    """Make a run's report.html again from its metrics: when it is done, while it goes on, or after it was killed."""
+    from gale.train.report import write_report
+
+    run = files.resolve(run)
+    typer.echo(f"Written to {write_report(run)}")
+    if tensorboard:
+        from gale.train.tensorboard import write_tensorboard
+
+        typer.echo(f"Written to {write_tensorboard(run)}; look at it with: tensorboard --logdir {run}")
+
+
+def _dial(depth: int | None, flops: float | None, dry_run: bool) -> Completion:
+    """What completes a recipe by the dial, and prints every value with its reason."""
+
+    def complete(content: dict[str, Any], find: Callable[[str], Path]) -> None:
+        from rich.table import Table
+
+        from gale.core.progress import console
+        from gale.train.dial import dial_recipe
+        from gale.train.report import count
+
+        if not isinstance(content.get("data"), str):
+            return  # which the check of the recipe will say
+        dial = dial_recipe(content, find(content["data"]), depth=depth, flops=flops, prepare=not dry_run)
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(style="dim")
+        for key, value in dial.values.items():
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value}", dial.reasons[key])
+        console.print(table)
+        console.print(f"{count(dial.parameters)} parameters, {count(dial.tokens)} tokens, {dial.flops:.3g} FLOPs")
+
+    return complete
+
+
+@app.command()
+def rl(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Let a model learn from its own answers (GRPO or PPO), judged by a reward model or by a program."""
+    from gale.train.rl import rl as run
+    from gale.train.rl_recipe import RlRecipe
+
+    settings = read_recipe(recipe, RlRecipe, overrides, dry_run)
+    folder = output_folder(out, settings.algorithm, resume=resume)
+    final = run(settings, folder, resume=resume)["final"]
+    for name in ("reward", "gold", "kl", "answer_tokens"):
+        if name in final:
+            typer.echo(f"{name} of the last answers: {final[name]:.4f}")
+    for name, figure in final.get("held_out", {}).items():
+        typer.echo(f"{name}: {figure:.4f}")
+    typer.echo(f"Model written to {folder / 'model'}; report in {folder / 'report.html'}")
+
+
+@app.command("best-of-n")
+def best_of_n(
+    recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Answer prompts several times and keep the best answers, as data for supervised fine-tuning."""
+    from gale.train.best_of_n import BestOfNRecipe
+    from gale.train.best_of_n import best_of_n as run
+
+    settings = read_recipe(recipe, BestOfNRecipe, overrides, dry_run)
+    folder = output_folder(out, "best-of-n")
+    summary = run(settings, folder)
+    for point in summary["best_of"]:
+        gold = f", gold {point['gold']:.4f}" if "gold" in point else ""
+        typer.echo(f"best of {point['n']}: reward {point['reward']:.4f}{gold}, {point['kl']:.2f} nats from the model")
+    typer.echo(f"{summary['kept']} of {summary['prompts']} answers kept, in {folder / 'best.jsonl'}")
+
+
+@app.command()
+def reward(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a model that scores answers, from pairs of which people preferred one."""
+    from gale.train.recipe import RewardRecipe
+    from gale.train.reward import reward as run
+
+    settings = read_recipe(recipe, RewardRecipe, overrides, dry_run)
+    folder = output_folder(out, "reward", resume=resume)
+    _report(_run(run, settings, folder, resume, ray, workers), folder, unit="nats per pair")
+
+
+@app.command()
+def dpo(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a chat model on preferences directly (DPO), without a reward model."""
+    from gale.train.dpo import dpo as run
+    from gale.train.recipe import DpoRecipe
+
+    settings = read_recipe(recipe, DpoRecipe, overrides, dry_run)
+    folder = output_folder(out, "dpo", resume=resume)
+    _report(_run(run, settings, folder, resume, ray, workers), folder, unit="per pair")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run with a table `lora` left.")],
+    base: Annotated[Path, typer.Option("--base", help="Model folder that the adapter was trained over.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the whole model.")],
+    fp32: Annotated[bool, typer.Option("--fp32", help="Write fp32 instead of bf16.")] = False,
+) -> None:
+    """Add a LoRA adapter to the weights of its base, and write a model folder that needs no adapter."""
+    import torch
+
+    from gale.core import files
+    from gale.model.adapter_folder import merge_adapter
+
+    folder = files.resolve(out)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    merge_adapter(files.resolve(adapter), files.resolve(base), folder, dtype=dtype)
+    typer.echo(f"Model written to {folder}")
+
+
+def _report(summary: dict[str, Any], folder: Path, *, unit: str = "nats per token") -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes one talks
     final = summary["final"]
     if final:
         typer.echo(f"final loss {final['loss']!r} at {final['tokens']:,} tokens")
     else:
         typer.echo("The run was complete already, but its metrics.jsonl is gone, and its losses with it.")
-    for name, loss in final.get("held_out", {}).items():
-        typer.echo(f"{name}: {loss:.4f} nats per token")
-    typer.echo(f"Model written to {folder / 'model'}; curves in {folder / 'curves.svg'}")
+    for name, figure in final.get("held_out", {}).items():
+        typer.echo(f"{name}: {figure:.1%}" if name.endswith("_accuracy") else f"{name}: {figure:.4f} {unit}")
+    typer.echo(f"Model written to {folder / 'model'}; report in {folder / 'report.html'}")

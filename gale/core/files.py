@@ -106,6 +106,24 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Fill a temporary file, piece by piece, that atomically becomes ``path`` when the block ends without an error."""
+    with explain_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        temporary = path.parent / f".{path.name}.{os.getpid()}-new"
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
 def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
     """Fill a temporary folder that becomes ``path`` only when the block ends without an error.
 

@@ -1,4 +1,4 @@
-"""The JSON files of model folders, which come from anywhere and may hold anything."""
+"""Model folders: their names, and their JSON files, which come from anywhere and may hold anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gale.core.errors import ModelError
+
+
+def model_name(folder: Path) -> str:
+    """The name of a model. A trained one stands in RUN/model; the run's name says more than "model"."""
+    path = folder.resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def read_json(path: Path) -> dict[str, Any]:

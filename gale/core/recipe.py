@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -34,9 +35,8 @@ class Recipe(BaseModel):
     def _resolve_paths(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
         if isinstance(value, str) and (annotation is Path or Path in get_args(annotation)):
-            folder = None if isinstance(value, _FromShell) else (info.context or {}).get("folder")
             try:
-                return files.resolve(value, folder)
+                return _located(value, (info.context or {}).get("folder"))
             except GaleError as error:
                 raise ValueError(error.message) from error
         if isinstance(value, list) and str(annotation).startswith("tuple["):
@@ -44,13 +44,22 @@ class Recipe(BaseModel):
         return value
 
 
+def _located(value: str, folder: Path | None) -> Path:
+    """A path as written in a recipe of ``folder``, or in an override."""
+    return files.resolve(value, None if isinstance(value, _FromShell) else folder)
+
+
 RecipeType = TypeVar("RecipeType", bound=Recipe)
+Completion = Callable[[dict[str, Any], Callable[[str], Path]], None]
 
 
-def load_recipe(path: Path, kind: type[RecipeType], overrides: Sequence[str] = ()) -> RecipeType:
+def load_recipe(
+    path: Path, kind: type[RecipeType], overrides: Sequence[str] = (), *, complete: Completion | None = None
+) -> RecipeType:
     """Read ``path`` as a ``kind``, with ``key=value`` overrides (dotted keys, TOML values; bare words are strings).
 
-    Relative paths in overrides are resolved against the working directory.
+    Relative paths in overrides are resolved against the working directory. ``complete`` may add to the content before
+    it is checked; it is handed what finds the files that the content names.
     Raises :class:`RecipeError` naming every unknown key (with the nearest valid name) and every wrong value.
     """
     try:
@@ -62,8 +71,11 @@ def load_recipe(path: Path, kind: type[RecipeType], overrides: Sequence[str] = (
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"The recipe {path} is not valid TOML: {error}", []) from error
     problems = [problem for override in overrides if (problem := _apply(content, override))]
+    folder = path.resolve().parent
+    if complete and not problems:
+        complete(content, lambda value: _located(value, folder))
     try:
-        recipe = kind.model_validate(content, context={"folder": path.resolve().parent})
+        recipe = kind.model_validate(content, context={"folder": folder})
     except ValidationError as error:
         details = error.errors()
         # A list whose items are all wrong is also called too short, which would mislead.
@@ -126,13 +138,36 @@ def _explain(detail: dict[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _field_names(kind: Any, location: Sequence[str | int]) -> list[str]:
-    """Names valid at ``location`` below ``kind``, looking through lists, tuples and optionals."""
+    """Names valid at ``location`` below ``kind``, looking through lists, tuples, optionals and tagged unions."""
     for part in location:
-        if isinstance(part, str):
+        if isinstance(part, str) and (tagged := _tagged(kind, part)):
+            kind = tagged
+        elif isinstance(part, str):
             field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
             if field is None:
                 return []
             kind = field.annotation
-        while not hasattr(kind, "model_fields") and get_args(kind):
-            kind = next((choice for choice in get_args(kind) if hasattr(choice, "model_fields")), get_args(kind)[0])
+        while not _is_recipe(kind) and get_args(kind) and len(list(filter(_is_recipe, _members(kind)))) < 2:
+            kind = next(filter(_is_recipe, get_args(kind)), get_args(kind)[0])
     return list(kind.model_fields) if hasattr(kind, "model_fields") else []
+
+
+def _is_recipe(kind: Any) -> bool:
+    return hasattr(kind, "model_fields")
+
+
+def _members(kind: Any) -> list[Any]:
+    """The choices of a union, without what is annotated to them."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) not in (Union, UnionType):
+        return []
+    return [get_args(choice)[0] if get_origin(choice) is Annotated else choice for choice in get_args(kind)]
+
+
+def _tagged(kind: Any, tag: str) -> Any:
+    """The member of a tagged union that has ``tag`` as one of its literal values."""
+    for member in _members(kind):
+        if _is_recipe(member) and any(tag in get_args(field.annotation) for field in member.model_fields.values()):
+            return member
+    return None

@@ -19,6 +19,7 @@ from gale.core import files
 from gale.core.errors import DataError
 from gale.core.recipe import Recipe
 from gale.core.settings import settings
+from gale.data.source_files import find_files, is_pattern
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)
 
@@ -54,6 +55,8 @@ def _by_content(value: Any) -> Any:
         return [
             [str(file.relative_to(value)), files.sha256(file)] for file in sorted(value.rglob("*")) if file.is_file()
         ]
+    if is_pattern(value):
+        return [[file.path.name, files.sha256(file.path)] for file in find_files(value).files]
     if not value.is_file():
         raise DataError(f"There is no {value}.", hint="Check the paths in the recipe.")
     return [value.name, files.sha256(value)]

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from gale.core.errors import DataError
 from gale.data.recipe import Source
 from gale.data.sources import Document, read_documents
-from gale.text.template import Message
 
 _UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
 _TRAILING_SPACE = re.compile(r"[ \t\u3000]+(?=\n|$)")
@@ -27,12 +26,13 @@ def normalise(text: str) -> str:
 
 def normalise_document(document: Document) -> Document | None:
     """The document with every text normalised; None where nothing is left of it."""
-    if document.text is not None:
-        text = normalise(document.text)
-        return Document(text=text) if text else None
-    messages = tuple(Message(role=m["role"], content=normalise(m["content"])) for m in document.messages)
-    answered = any(message["role"] == "assistant" and message["content"] for message in messages)
-    return Document(messages=messages) if answered else None
+    document = document.map(normalise)
+    if document.rejected is not None:
+        chosen, rejected = document.messages[-1]["content"], document.rejected
+        # Of two answers that are the same none is better.
+        return document if chosen and rejected and chosen != rejected else None
+    answered = any(message["role"] == "assistant" and message["content"] for message in document.messages)
+    return document if document.text or answered else None
 
 
 def clean_documents(
@@ -56,7 +56,7 @@ def sample_texts(source: Source, *, budget: int, replace: dict[str, str], seed: 
     left = budget
     for document in clean_documents(source, replace=replace, seed=seed):
         texts = []
-        for text in [document.text] if document.text is not None else [m["content"] for m in document.messages]:
+        for text in document.texts:
             content = text.encode()[:left]
             left -= len(content)
             if kept := content.decode(errors="ignore"):  # no character is cut in two
@@ -75,9 +75,8 @@ class ExactDeduplicator:
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
-    def is_new(self, document: Document) -> bool:
-        """True the first time a document is shown, False from then on."""
-        digest = fingerprint(document)
+    def is_new(self, digest: bytes) -> bool:
+        """True the first time a document's :func:`fingerprint` is shown, False from then on."""
         if digest in self._seen:
             return False
         self._seen.add(digest)
@@ -89,4 +88,6 @@ def fingerprint(document: Document) -> bytes:
     content = hashlib.blake2b(digest_size=16)
     for part in (document.text or "", *(value for m in document.messages for value in (m["role"], m["content"]))):
         content.update(part.encode("utf-8", "surrogatepass") + b"\x00")
+    if document.rejected is not None:
+        content.update(document.rejected.encode("utf-8", "surrogatepass") + b"\x01")
     return content.digest()

@@ -2,14 +2,15 @@
 
 A split (``train``, or a held-out one) is a row of shards, each three arrays in NumPy's ``.npy`` format: ``tokens``
 (the documents' token ids one after another), ``trained`` (whether the model is trained to produce each token) and
-``bounds`` (where each document begins, and the end). ``manifest.json`` names sources, licences and counts.
+``bounds`` (where each document begins, and the end). In a split with ``"pairs": true`` each two documents are one
+preference: the same prompt with the chosen and with the rejected answer. ``manifest.json`` names sources, licences
+and counts.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -37,13 +38,13 @@ class ShardWriter:
         self.documents = 0
         self.tokens = 0
 
-    def add(self, ids: Sequence[int], trained: Sequence[bool]) -> None:
+    def add(self, ids: npt.ArrayLike, trained: npt.ArrayLike) -> None:
         """Append a document."""
         self._tokens.append(np.asarray(ids, self._dtype))
         self._trained.append(np.asarray(trained, np.bool_))
         self.documents += 1
-        self.tokens += len(ids)
-        self._pending += len(ids)
+        self.tokens += len(self._tokens[-1])
+        self._pending += len(self._tokens[-1])
         if self._pending >= self._limit:
             self.close()
 
@@ -69,6 +70,11 @@ class Shard:
     bounds: npt.NDArray[np.int64]
 
 
+def load_shard(folder: Path, name: str) -> Shard:
+    """Map the arrays of one shard. Raises what NumPy raises for files that are missing or damaged."""
+    return Shard(*(np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("tokens", "trained", "bounds")))
+
+
 class TokenSplit:
     """The documents of one split, by index."""
 
@@ -79,16 +85,9 @@ class TokenSplit:
             raise DataError(f"{folder} has no split {name!r}.", hint=f"It has: {', '.join(sorted(splits))}.")
         self.name = name
         self.bytes: int = splits[name]["bytes"]
+        self.pairs: bool = splits[name].get("pairs", False)  # documents 2n and 2n + 1: an answer and a worse one
         try:
-            self._shards = [
-                Shard(
-                    *(
-                        np.load(folder / f"{shard}.{part}.npy", mmap_mode="r")
-                        for part in ("tokens", "trained", "bounds")
-                    )
-                )
-                for shard in splits[name]["shards"]
-            ]
+            self._shards = [load_shard(folder, shard) for shard in splits[name]["shards"]]
             for shard in self._shards:
                 if not shard.bounds[-1] == len(shard.tokens) == len(shard.trained):
                     raise ValueError("arrays of different lengths")

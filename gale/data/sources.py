@@ -1,49 +1,162 @@
-"""Sources to documents: reading packed JSON lines and turning each row into text or a conversation."""
+"""Sources to documents: turning each row into text or a conversation."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import itertools
-import json
 import random
 import re
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import zstandard
-
 from gale.core.errors import DataError
+from gale.data.readers import BrokenRowError, OnRead, Row, read_rows
 from gale.data.recipe import QuestionTemplates, Source
+from gale.data.source_files import find_files
 from gale.text.template import Message
 
 # Up to and with its closing marks; a full stop within a number or a name (3.5, gale.org) closes nothing.
 _SENTENCE = re.compile(r"(?:[^。！？.!?\n]|[.!?](?!\s|$))*(?:[。！？\n]|[.!?](?=\s|$))*\s*")
 _ROLES = ("system", "user", "assistant", "tool")
-_ZSTD_READ = 2**20
+_ROLE_ALIASES = {"human": "user", "gpt": "assistant"}  # the ShareGPT layout
+_MESSAGE_KEYS = ("role", "content")  # keys of each message, not of the row
+_OPTIONAL_KEYS = ("input", "source")
+_BROKEN_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Running text, or a conversation."""
+    """Running text, or a conversation.
+
+    With ``rejected`` the conversation's last answer is the better of two. ``last_only`` trains the last answer alone.
+    """
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    rejected: str | None = None
+    last_only: bool = False
+
+    def map(self, change: Callable[[str], str]) -> Document:
+        """The document with every text changed."""
+        if self.text is not None:
+            return Document(text=change(self.text))
+        messages = tuple(Message(role=m["role"], content=change(m["content"])) for m in self.messages)
+        rejected = None if self.rejected is None else change(self.rejected)
+        return replace(self, messages=messages, rejected=rejected)
+
+    def halves(self) -> tuple[Document, ...]:
+        """The conversation with the preferred and the one with the rejected answer; any other document is itself."""
+        if self.rejected is None:
+            return (self,)
+        answers = (self.messages[-1], Message(role="assistant", content=self.rejected))
+        return tuple(Document(messages=(*self.messages[:-1], answer), last_only=True) for answer in answers)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text of the document."""
+        if self.text is not None:
+            return (self.text,)
+        last = () if self.rejected is None else (self.rejected,)
+        return (*(message["content"] for message in self.messages), *last)
+
+    @property
+    def joined(self) -> str:
+        """All texts in one, a conversation's messages as paragraphs."""
+        return "\n\n".join(self.texts)
+
+    @property
+    def size(self) -> int:
+        """UTF-8 bytes of the texts, without anything that a template adds."""
+        return sum(len(part.encode("utf-8", "surrogatepass")) for part in self.texts)
 
 
-def read_documents(source: Source, *, replace: Mapping[str, str], seed: int) -> Iterator[Document]:
+class BrokenRows:
+    """The rows of a source that could not be read: counted, and too many once they are more than its recipe allows."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, place: str, reason: str) -> None:
+        """Count a row. Raises :class:`DataError` where it is one too many, naming the first ones."""
+        self.count += 1
+        if len(self.first) < _BROKEN_SHOWN:
+            self.first.append(f"{place}: {reason}")
+        limit = self._source.max_broken_lines
+        if self.count > limit:
+            some = "\n".join(f"  - {broken}" for broken in self.first)
+            raise DataError(
+                f"{self._source.path} has more than {limit} broken rows, the first of them:\n{some}"
+                if limit
+                else self.first[0],
+                hint="Mend the file, or set `max_broken_lines` to skip and count so many.",
+            )
+
+
+def read_documents(
+    source: Source, *, replace: Mapping[str, str], seed: int, broken: BrokenRows | None = None
+) -> Iterator[Document]:
     """All documents of a source in file order. Raises :class:`DataError` naming the file and the line."""
+    broken = broken or BrokenRows(source)
     if source.format == "qa":
-        yield from _question_documents(source, seed)
+        for _, drawn in question_documents(source, seed, broken):
+            yield drawn
         return
-    for line, row in _chosen_rows(source):
-        with _explain_row(source, line):
-            document = _document(row, source, replace)
-        if document:
-            yield document
+    for row in source_rows(source):
+        try:
+            document = row_document(row, source, replace)
+        except BrokenRowError as error:
+            broken.add(row.place, str(error))
+        else:
+            if document:
+                yield document
+
+
+def source_rows(source: Source, on_read: OnRead = lambda _: None) -> Iterator[Row]:
+    """All rows of all files of a source. Raises :class:`DataError` for files that are missing or damaged."""
+    columns: tuple[str, ...] | None = None
+    if source.format == "text":
+        columns = ({**source.fields, "text": source.fields.get("text", source.text_key)}["text"].partition(".")[0],)
+        columns += (source.fields.get("source", "source").partition(".")[0],) if source.only else ()
+    for file in find_files(source.path, source.kind).files:
+        if file.kind in ("text", "markdown", "html") and source.format != "text":
+            raise DataError(f"{file.path} holds running text, not rows of the format {source.format!r}.")
+        yield from read_rows(file, columns=columns, encoding=source.encoding, on_read=on_read)
+
+
+def row_document(row: Row, source: Source, replace: Mapping[str, str]) -> Document | None:
+    """What a row says; None where the source leaves it out. Raises :class:`BrokenRowError`."""
+    content = _named(row, source)
+    if source.only and content.get("source") not in source.only:
+        return None
+    with _explain_row(source):
+        return _document(content, source, replace)
+
+
+def _named(row: Row, source: Source) -> dict[str, Any]:
+    """The row's keys and values under Gale's own names."""
+    content = row.parse()
+    if row.kind in ("text", "markdown", "html"):
+        return content
+    fields = source.fields if source.text_key == "text" else {"text": source.text_key, **source.fields}
+    if not fields:
+        return content
+    named = dict(content)
+    for name, key in fields.items():
+        if name in _MESSAGE_KEYS:
+            continue
+        value: Any = content
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                if name in _OPTIONAL_KEYS:
+                    value = None
+                    break
+                raise BrokenRowError(f"not a row of the format {source.format!r}: {key!r} is missing.")
+            value = value[part]
+        named[name] = value
+    return named
 
 
 def _document(row: dict[str, Any], source: Source, replace: Mapping[str, str]) -> Document | None:
@@ -51,24 +164,47 @@ def _document(row: dict[str, Any], source: Source, replace: Mapping[str, str]) -
         return Document(text=_filled(_text(row, "text"), replace))
     if source.format == "parallel":
         return Document(text=_filled(f"{_text(row, 'en')}\n{_text(row, 'zh')}", replace))
+    if source.format == "instruction":
+        parts = [_text(row, "instruction"), _text(row, "input") if row.get("input") else ""]
+        task = "\n\n".join(part for part in parts if part)
+        return _exchange(_filled(task, replace), _filled(_text(row, "output"), replace))
     if row.get("tools"):
         return None  # conversations with tools come with the tool-calling stage
+    if source.format == "preference":
+        return _preference(row, source, replace)
+    return Document(messages=_messages(row["messages"], source, replace))
+
+
+def _preference(row: dict[str, Any], source: Source, replace: Mapping[str, str]) -> Document:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    chosen, rejected = (_filled(_text(row, key), replace) for key in ("chosen", "rejected"))
+    answer = Message(role="assistant", content=chosen)
+    return Document(messages=(*_messages(prompt, source, replace), answer), rejected=rejected)
+
+
+def _messages(rows: list[dict[str, Any]], source: Source, replace: Mapping[str, str]) -> tuple[Message, ...]:
+    role_key, content_key = source.fields.get("role", "role"), source.fields.get("content", "content")
     messages = []
-    for message in row["messages"]:
-        if message["role"] not in _ROLES:
-            raise ValueError(f"unknown role {message['role']!r}")
-        content = "" if message["content"] is None else _text(message, "content")
-        messages.append(Message(role=message["role"], content=_filled(content, replace)))
-    return Document(messages=tuple(messages))
+    for message in rows:
+        role = message[role_key]
+        if role not in _ROLES:
+            role = _ROLE_ALIASES.get(role) if isinstance(role, str) else None
+        if role is None:
+            raise ValueError(f"unknown role {message[role_key]!r}")
+        content = "" if message[content_key] is None else _text(message, content_key)
+        messages.append(Message(role=role, content=_filled(content, replace)))
+    return tuple(messages)
 
 
 @contextlib.contextmanager
-def _explain_row(source: Source, line: int) -> Iterator[None]:
+def _explain_row(source: Source) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{source.path}, line {line}: not a row of the format {source.format!r}: {reason}.") from error
+        raise BrokenRowError(f"not a row of the format {source.format!r}: {reason}.") from error
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -77,82 +213,43 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value
 
 
-def _chosen_rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, row in _rows(source.path):
-        if not source.only or row.get("source") in source.only:
-            yield line, row
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and content of each line that is not empty."""
-    if not path.is_file():
-        raise DataError(f"There is no data file {path}.", hint="Check the path in the recipe.")
-    line = 0
-    try:
-        for line, raw in enumerate(_lines(path), start=1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # includes broken UTF-8
-                raise DataError(f"{path}, line {line}: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {line}: not a JSON object.")
-            yield line, row
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(
-            f"{path} is damaged after line {line}: {error}", hint="Copy or download the file again."
-        ) from error
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain, gzip or zstd file."""
-    if path.suffix == ".zst":
-        yield from _zstd_lines(path)
-        return
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        yield from file
-
-
-def _zstd_lines(path: Path) -> Iterator[bytes]:
-    # Not the library's stream reader: it ends without a word where a file is cut short, and after the first frame.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = decompressor.decompressobj()
-    pending = b""
-    with path.open("rb") as file:
-        while packed := file.read(_ZSTD_READ):
-            while packed:
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-                pending += frame.decompress(packed)
-                packed = frame.unused_data if frame.eof else b""
-            *lines, pending = pending.split(b"\n")
-            yield from lines
-    if not frame.eof:
-        raise EOFError("the last frame is cut short")
-    if pending:
-        yield pending
-
-
 def _filled(text: str, replace: Mapping[str, str]) -> str:
     for placeholder, value in replace.items():
         text = text.replace(placeholder, value)
     return text
 
 
-def _question_documents(source: Source, seed: int) -> Iterator[Document]:
+def question_documents(
+    source: Source, seed: int, broken: BrokenRows, on_read: OnRead = lambda _: None
+) -> Iterator[tuple[str, Document]]:
+    """Conversations drawn from the rows of a source of questions, each with its place. All rows are held in memory."""
     questions = source.questions
     assert questions is not None
-    rows = list(_chosen_rows(source))
-    contexts = [row.get("context") for _, row in rows]
-    for variant, (index, (line, row)) in itertools.product(range(questions.variants), enumerate(rows)):
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for row in source_rows(source, on_read):
+        try:
+            content = _named(row, source)
+        except BrokenRowError as error:
+            broken.add(row.place, str(error))
+            continue
+        if not source.only or content.get("source") in source.only:
+            rows.append((row.place, content))
+    contexts = [content.get("context") for _, content in rows]
+    unusable: set[str] = set()
+    for variant, (index, (place, content)) in itertools.product(range(questions.variants), enumerate(rows)):
         # A generator of its own for each row, so that a change elsewhere leaves this row's document as it was.
         name = f"{seed}/{source.path.name}/{index}" + (f"/{variant}" if variant else "")
         draw = random.Random(name)  # noqa: S311
-        with _explain_row(source, line):
-            document = _question_document(row, contexts, questions, draw)
+        try:
+            with _explain_row(source):
+                document = _question_document(content, contexts, questions, draw)
+        except BrokenRowError as error:
+            if place not in unusable:  # each variant would count it again
+                unusable.add(place)
+                broken.add(place, str(error))
+            continue
         if document:
-            yield document
+            yield place, document
 
 
 def _question_document(

@@ -13,8 +13,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from gale.engine.kv_cache import CachedAttention, SequenceCache
+from gale.engine.kv_cache import Caches, OwnCaches, SequenceCache
 from gale.engine.request import EngineFailedError, TokenScore
+from gale.engine.sampler import choose
 from gale.engine.scores import score_rows
 from gale.engine.sequence import Sequence
 from gale.model.transformer import Decoder
@@ -29,12 +30,23 @@ class Batcher:
     """Runs sequences through ``model``: at most ``max_running`` at once, ``prefill_chunk`` prompt tokens a step.
 
     A sequence starts only when all it may come to hold fits into ``max_cached_tokens`` beside those running, so the
-    cache can never run out in the middle of an answer. One sequence always runs, however long.
+    cache can never run out in the middle of an answer. One sequence always runs, however long. Keys and
+    values lie in ``caches``; each sequence's in a piece of its own where none are given.
     """
 
-    def __init__(self, model: Decoder, *, max_running: int, max_cached_tokens: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_running: int,
+        max_cached_tokens: int,
+        prefill_chunk: int,
+        caches: Caches | None = None,
+    ) -> None:
         self._model = model
-        self._device, self._dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+        weight = model.embed_tokens.weight
+        self._device = weight.device
+        self._caches = caches or OwnCaches(model.config, weight.dtype, weight.device)
         self._max_running = max_running
         self._max_cached_tokens = max_cached_tokens
         self._prefill_chunk = prefill_chunk
@@ -54,7 +66,7 @@ class Batcher:
         """Tell every sequence that it failed and forget them all."""
         for sequence in [*self._running, *self._waiting]:
             sequence.fail(error)
-        self._running.clear()
+        self._forget_finished()
         self._waiting.clear()
 
     @torch.inference_mode()
@@ -75,7 +87,7 @@ class Batcher:
             caches.append(cache)
             ids += sequence.pending[:count]
             positions += range(cache.length, cache.length + count)
-        attend = CachedAttention(caches, [count for _, count in work], self._model.config)
+        attend = self._caches.attention(caches, [count for _, count in work])
         hidden_NC = self._model(
             torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
         )
@@ -91,16 +103,23 @@ class Batcher:
                 sampled.append((sequence, row))
         if sampled:
             logits_SV = self._model.logits(hidden_NC[[row for _, row in sampled]]).float().cpu()
-            for (sequence, _), logits_V in zip(sampled, logits_SV, strict=True):
-                try:
-                    token, top, score = sequence.sampler.choose(logits_V), sequence.params.logprobs, None
-                    if top is not None:
-                        [score] = score_rows(logits_V[None], [token], top)
-                    sequence.accept(token, score)
-                except Exception as error:  # what is wrong with one answer must not end the others
-                    sequence.fail(EngineFailedError("The engine failed while answering."))
-                    log.exception("answer_failed", error=str(error))
-        self._running = [sequence for sequence in self._running if not sequence.finished]
+            self._choose([sequence for sequence, _ in sampled], logits_SV)
+        self._forget_finished()
+
+    def _choose(self, sequences: list[Sequence], logits_SV: Tensor) -> None:
+        """Give each sequence its next token, with its score where one is asked for."""
+        tokens = choose([sequence.sampler for sequence in sequences], logits_SV)
+        scores: dict[int, TokenScore] = {}
+        for top in {sequence.params.logprobs for sequence in sequences} - {None}:
+            rows = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs == top]
+            logits_RV = logits_SV if len(rows) == len(sequences) else logits_SV[rows]
+            scores |= zip(rows, score_rows(logits_RV, [tokens[row] for row in rows], top or 0), strict=True)
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            try:
+                sequence.accept(token, scores.get(row))
+            except Exception as error:  # what is wrong with one answer must not end the others
+                sequence.fail(EngineFailedError("The engine failed while answering."))
+                log.exception("answer_failed", error=str(error))
 
     def _score_prompt(self, sequence: Sequence, hidden_KC: Tensor, known: list[int]) -> list[TokenScore]:
         """The scores of the ``known`` tokens that follow K tokens just read; nothing where nobody asked."""
@@ -120,7 +139,7 @@ class Batcher:
             if self._running and held > self._max_cached_tokens:
                 return
             sequence = self._waiting.popleft()
-            sequence.cache = SequenceCache(self._model.config, self._dtype, self._device)
+            sequence.cache = self._caches.take()
             self._running.append(sequence)
 
     def _plan(self) -> list[tuple[Sequence, int]]:
@@ -139,5 +158,11 @@ class Batcher:
         for sequence in [*self._running, *self._waiting]:
             if sequence.cancelled:
                 sequence.finish("cancelled")
-        self._running = [sequence for sequence in self._running if not sequence.finished]
+        self._forget_finished()
         self._waiting = deque(sequence for sequence in self._waiting if not sequence.finished)
+
+    def _forget_finished(self) -> None:
+        for sequence in self._running:
+            if sequence.finished and sequence.cache:
+                self._caches.give_back(sequence.cache)
+        self._running = [sequence for sequence in self._running if not sequence.finished]

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gale.model.config import ModelConfig
-from gale.model.transformer import Decoder
+from gale.model.transformer import Attend, Decoder
 
 _FIRST_CAPACITY = 256
 
@@ -45,17 +46,19 @@ def _free_memory() -> int:
 class SequenceCache:
     """Keys and values of one sequence in all layers; grows by doubling up to the model's context."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, keys_LKTD: Tensor, values_LKTD: Tensor) -> None:
         self._config = config
+        self._keys_LKTD, self._values_LKTD = keys_LKTD, values_LKTD
         self.length = 0
-        capacity = min(_FIRST_CAPACITY, config.context_length)
-        shape = (config.layers, config.kv_heads, capacity, config.head_dim)
-        self._keys_LKTD = torch.empty(shape, dtype=dtype, device=device)
-        self._values_LKTD = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for now."""
+        return self._keys_LKTD.shape[2]
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` more."""
-        needed, capacity = self.length + tokens, self._keys_LKTD.shape[2]
+        needed, capacity = self.length + tokens, self.capacity
         if needed > capacity:
             capacity = min(max(needed, 2 * capacity), max(needed, self._config.context_length))
             self._keys_LKTD = _grown(self._keys_LKTD, capacity, self.length)
@@ -74,6 +77,42 @@ class SequenceCache:
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` more as stored in every layer."""
         self.length += tokens
+
+
+class Caches(Protocol):
+    """Where the keys and values of running sequences lie, and how a batch attends to them."""
+
+    def take(self) -> SequenceCache:
+        """The cache of a sequence that starts."""
+
+    def give_back(self, cache: SequenceCache) -> None:
+        """Free the cache of a sequence that has ended."""
+
+    def attention(self, caches: list[SequenceCache], counts: list[int]) -> Attend:
+        """``attend`` for a batch in which each sequence reads so many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCaches:
+    """Each sequence in a piece of its own. Implements :class:`Caches`."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def take(self) -> SequenceCache:
+        """Fresh memory for one sequence."""
+        capacity = min(_FIRST_CAPACITY, self.config.context_length)
+        shape = (self.config.layers, self.config.kv_heads, capacity, self.config.head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        return SequenceCache(self.config, keys, values)
+
+    def give_back(self, cache: SequenceCache) -> None:
+        """Its memory is freed with the sequence."""
+
+    def attention(self, caches: list[SequenceCache], counts: list[int]) -> CachedAttention:
+        """One sequence after another."""
+        return CachedAttention(caches, counts, self.config)
 
 
 @dataclass(frozen=True, slots=True)

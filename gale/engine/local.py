@@ -12,8 +12,7 @@ from pathlib import Path
 import structlog
 
 from gale.core.device import choose_compute
-from gale.core.errors import ModelError
-from gale.core.model_folder import read_json
+from gale.core.model_folder import model_name, read_json
 from gale.engine.batcher import Batcher
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.request import (
@@ -22,11 +21,12 @@ from gale.engine.request import (
     EngineOverloadedError,
     Event,
     Finished,
+    PromptError,
     PromptScores,
     SamplingParams,
 )
 from gale.engine.sequence import Sequence
-from gale.model.checkpoint import load_model
+from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
@@ -65,20 +65,13 @@ class LocalEngine:
         """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
-        tokenizer = Tokenizer.load(folder)
-        if tokenizer.vocabulary_size > model.config.vocabulary_size:
-            raise ModelError(
-                f"{folder}: the tokenizer knows {tokenizer.vocabulary_size} tokens, "
-                f"the model only {model.config.vocabulary_size}."
-            )
+        tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")
-        # A trained model stands in RUN/model; the run's name says more than "model".
-        name = folder.resolve().name
         return cls(
             model,
             tokenizer,
-            model_id=folder.resolve().parent.name if name == "model" else name,
+            model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
         )
 
@@ -119,7 +112,9 @@ class LocalEngine:
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
         if not prompt:
-            raise ValueError("a prompt has at least one token")
+            raise PromptError("A prompt needs at least one token.")
+        if not 0 <= min(prompt) <= max(prompt) < self._model.config.vocabulary_size:
+            raise PromptError(f"This model's tokens are numbered from 0 to {self._model.config.vocabulary_size - 1}.")
         return self._run(prompt, sampling)
 
     async def _run(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:

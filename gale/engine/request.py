@@ -28,6 +28,10 @@ class ContextLengthError(GaleError):
         self.context_length = context_length
 
 
+class PromptError(GaleError):
+    """Raw tokens that the model cannot read: none at all, or a number outside of its vocabulary."""
+
+
 class EngineOverloadedError(GaleError):
     """The queue is full; trying again later may work."""
 
@@ -146,14 +150,14 @@ class Engine(Protocol):
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """What one token adds to a text, which may be part of a character; control tokens add nothing unless shown.
 
-        Raises :class:`gale.core.errors.ModelError` for a number that is no token.
+        A number without a token adds nothing: some models have more scores than their vocabulary has tokens.
         """
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """Continue raw tokens, as :meth:`chat` answers a conversation.
 
         ``max_tokens`` 0 generates nothing, for those who want the scores of a prompt, which may then fill the whole
-        context. Raises as :meth:`chat` does, and ``ValueError`` for a prompt without tokens.
+        context. Raises as :meth:`chat` does, and :class:`PromptError` for tokens that are none.
         """
 
     async def close(self) -> None:

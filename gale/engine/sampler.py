@@ -1,6 +1,8 @@
-"""Choosing the next token from its scores.
+"""Choosing the next token from its scores, for many answers at once.
 
 Every request has a random generator of its own, so its answer does not depend on what else is in the batch.
+
+Shape suffixes: S answers, V vocabulary, P the tokens that may still be chosen, R those that are looked at together.
 """
 
 from __future__ import annotations
@@ -12,39 +14,80 @@ from gale.engine.request import SamplingParams
 
 # Enough for top-p in nearly every case; sorting a whole vocabulary for each token would cost milliseconds.
 _SHORT_LIST = 256
+# Scores that are worked on at once; their sums are in fp64, so this is 16 MB.
+_SCORES_AT_ONCE = 2**21
+# Below this the likeliest token is certain, and smaller numbers would not be numbers in fp32.
+_LEAST_TEMPERATURE = 1e-30
 
 
 class Sampler:
-    """Chooses the tokens of one answer."""
+    """What choosing the tokens of one answer needs to know and to remember."""
 
     def __init__(self, params: SamplingParams) -> None:
-        self._params = params
+        self.params = params
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed % 2**63)
 
-    def choose(self, logits_V: Tensor) -> int:
-        """One token id from fp32 scores [V]."""
-        if self._params.temperature == 0:
-            return int(logits_V.argmax())
+    def draw(self) -> float:
+        """The answer's next random number, in [0, 1)."""
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+
+def choose(samplers: list[Sampler], logits_SV: Tensor) -> list[int]:
+    """One token id for each sampler from its row of fp32 scores."""
+    tokens: list[int] = []
+    at_once = max(1, _SCORES_AT_ONCE // logits_SV.shape[1])
+    for low in range(0, len(samplers), at_once):
+        tokens += _choose(samplers[low : low + at_once], logits_SV[low : low + at_once])
+    return tokens
+
+
+def _choose(samplers: list[Sampler], logits_RV: Tensor) -> list[int]:
+    tokens_R = logits_RV.argmax(-1)
+    params = [sampler.params for sampler in samplers]
+    for by_nucleus in (False, True):
+        rows = [row for row, p in enumerate(params) if p.temperature > 0 and (p.top_p < 1) == by_nucleus]
+        if not rows:
+            continue
+        scores_RV = logits_RV if len(rows) == len(params) else logits_RV[rows]
+        temperature_R = torch.tensor([float(params[row].temperature) for row in rows]).clamp_(min=_LEAST_TEMPERATURE)
         # Divided after subtracting the maximum, so that a tiny temperature cannot overflow.
-        probabilities_V = torch.softmax((logits_V - logits_V.max()) / self._params.temperature, dim=-1)
-        kept_P, ids_P = _nucleus(probabilities_V, self._params.top_p)
-        cumulative_P = kept_P.double().cumsum(0)
-        drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative_P[-1]
-        index = int(torch.searchsorted(cumulative_P, drawn, right=True))
-        return int(ids_P[min(index, len(ids_P) - 1)])
+        scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
+        probabilities_RV = torch.softmax(scores_RV, dim=-1)
+        drawn_R = torch.tensor([samplers[row].draw() for row in rows], dtype=torch.float64)
+        if by_nucleus:
+            top_p_R = torch.tensor([float(params[row].top_p) for row in rows])
+            tokens_R[rows] = _draw_from_nucleus(probabilities_RV, top_p_R, drawn_R)
+        else:
+            tokens_R[rows] = _draw(probabilities_RV, drawn_R)
+    tokens: list[int] = tokens_R.tolist()
+    return tokens
 
 
-def _nucleus(probabilities_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The most probable tokens that together reach ``top_p`` (Holtzman et al. 2020), at least one, best first."""
-    if top_p >= 1:
-        return probabilities_V, torch.arange(len(probabilities_V))
-    best_P, ids_P = probabilities_V.topk(min(_SHORT_LIST, len(probabilities_V)))
-    if float(best_P.sum()) < top_p:
-        best_P, ids_P = probabilities_V.sort(descending=True)
-    # A token is kept while those before it have not reached top_p yet.
-    count = max(1, int((best_P.cumsum(0) - best_P < top_p).sum()))
-    return best_P[:count], ids_P[:count]
+def _draw(weights_RP: Tensor, drawn_R: Tensor) -> Tensor:
+    """The place [R] in each row that a number in [0, 1) falls on, where a place is as wide as its weight."""
+    cumulative_RP = weights_RP.double().cumsum(-1)
+    drawn_R1 = (drawn_R * cumulative_RP[:, -1])[:, None]
+    place_R = torch.searchsorted(cumulative_RP, drawn_R1, right=True)[:, 0]
+    return place_R.clamp_(max=weights_RP.shape[1] - 1)
+
+
+def _draw_from_nucleus(probabilities_RV: Tensor, top_p_R: Tensor, drawn_R: Tensor) -> Tensor:
+    """As :func:`_draw`, among the likeliest tokens that together reach top-p (Holtzman et al. 2020), at least one."""
+    best_RP, ids_RP = probabilities_RV.topk(min(_SHORT_LIST, probabilities_RV.shape[1]))
+    long = best_RP.sum(-1) < top_p_R
+    chosen_R = torch.empty(len(top_p_R), dtype=torch.int64)
+    for rows, (weights_RP, tokens_RP) in (
+        (~long, (best_RP[~long], ids_RP[~long])),
+        (long, probabilities_RV[long].sort(descending=True)),
+    ):
+        # A token is kept while those before it have not reached top_p yet.
+        kept_RP = weights_RP.cumsum(-1) - weights_RP < top_p_R[rows, None]
+        kept_RP[:, 0] = True
+        # What is left out weighs nothing and stands last, so no number falls on it.
+        place_R = _draw(weights_RP * kept_RP, drawn_R[rows]).minimum(kept_RP.sum(-1) - 1)
+        chosen_R[rows] = tokens_RP.gather(1, place_R[:, None])[:, 0]
+    return chosen_R

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from typing import Protocol
 
 from gale.engine.kv_cache import SequenceCache
 from gale.engine.request import (
@@ -17,7 +18,13 @@ from gale.engine.request import (
 )
 from gale.engine.sampler import Sampler
 from gale.engine.stop import StopScanner
-from gale.text.tokenizer import TokenStream
+
+
+class TextStream(Protocol):
+    """What turns tokens into text as they come, such as :class:`gale.text.tokenizer.TokenStream`."""
+
+    def push(self, token: int) -> str:
+        """Text that has become certain with ``token``."""
 
 
 class Sequence:
@@ -34,7 +41,7 @@ class Sequence:
         *,
         room: int,
         end_tokens: Set[int],
-        stream: TokenStream,
+        stream: TextStream,
         emit: Callable[[PromptScores | Event | Exception], None],
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet

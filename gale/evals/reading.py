@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from gale.core.progress import Bar
 from gale.data.recipe import Source
 from gale.data.sources import Document, read_documents
-from gale.engine.request import Engine, SamplingParams, TextDelta
-from gale.text.template import Message
-
-# Questions answered side by side; the engine batches them.
-_AT_ONCE = 8
+from gale.data.verifiers import verify
+from gale.engine.request import Engine
+from gale.evals.generation import AT_ONCE, ask
+from gale.evals.scores import Score, share_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +28,6 @@ class Answer:
     question: str
     expected: str
     given: str
-
-
-async def ask(engine: Engine, messages: list[Message], max_tokens: int) -> str:
-    """The engine's greedy answer."""
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
-    parts = [event.text async for event in engine.chat(messages, sampling) if isinstance(event, TextDelta)]
-    return "".join(parts)
 
 
 async def read_and_answer(engine: Engine, source: Source, *, limit: int, max_tokens: int, seed: int) -> list[Answer]:
@@ -50,7 +41,7 @@ async def read_and_answer(engine: Engine, source: Source, *, limit: int, max_tok
             documents.append(document)
         if len(documents) == limit:
             break
-    places = asyncio.Semaphore(_AT_ONCE)
+    places = asyncio.Semaphore(AT_ONCE)
     with Bar(f"Answering {source.split}", len(documents)) as bar:
 
         async def one(document: Document) -> Answer:
@@ -74,13 +65,26 @@ def score(answers: list[Answer]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "questions": len(answers),
         "exact": _share(_plain(a.given) == _plain(a.expected) for a in grounded),
-        "f1": _share(_f1(a.given, a.expected) for a in grounded),
+        "f1": _share(verify("f1", a.given, a.expected) for a in grounded),
         "refused_wrongly": _share(_plain(a.given) in admissions for a in grounded),
     }
     for kind in ("unanswerable", "closed_book"):
         chosen = [answer for answer in answers if answer.kind == kind]
         result[f"{kind}_admitted"] = _share(_plain(a.given) in admissions for a in chosen)
     return result
+
+
+def answer_scores(name: str, answers: list[Answer]) -> list[Score]:
+    """The figures of :func:`score` that can be set beside chance, which finds and admits nothing."""
+    admissions = {_plain(answer.expected) for answer in answers if answer.kind != "grounded"}
+    grounded = [answer for answer in answers if answer.kind == "grounded"]
+    points = {
+        "exact": [float(_plain(a.given) == _plain(a.expected)) for a in grounded],
+        "f1": [verify("f1", a.given, a.expected) for a in grounded],
+    }
+    for kind in ("unanswerable", "closed_book"):
+        points[f"{kind}_admitted"] = [float(_plain(a.given) in admissions) for a in answers if a.kind == kind]
+    return [share_score(name, metric, values, chance=0.0) for metric, values in points.items() if values]
 
 
 def _share(values: Any) -> float | None:
@@ -91,24 +95,3 @@ def _share(values: Any) -> float | None:
 def _plain(text: str) -> str:
     """Text without case, punctuation and spaces."""
     return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if unicodedata.category(c)[0] in "LN")
-
-
-def _f1(given: str, expected: str) -> float:
-    """Overlap of words, or of characters for Chinese, as SQuAD and CMRC count it (Rajpurkar et al. 2016)."""
-    first, second = _units(given), _units(expected)
-    common = sum((first & second).values())
-    if not common:
-        return 0.0
-    precision, recall = common / sum(first.values()), common / sum(second.values())
-    return 2 * precision * recall / (precision + recall)
-
-
-def _units(text: str) -> Counter[str]:
-    units: Counter[str] = Counter()
-    for word in text.lower().split():
-        kept = [c for c in word if unicodedata.category(c)[0] in "LN"]
-        if any("\u4e00" <= c <= "\u9fff" for c in kept):
-            units.update(kept)
-        elif kept:
-            units["".join(kept)] += 1
-    return units

@@ -1,9 +1,8 @@
-"""``gale eval``: everything measured of one model, as data and as a page to read."""
+"""``gale eval``: everything measured of one model, as plain data."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,48 +12,98 @@ from gale.core.device import choose_compute
 from gale.core.errors import DataError, GaleError
 from gale.data.clean import sample_texts
 from gale.data.recipe import Source
+from gale.data.source_files import find_files
 from gale.engine.local import LocalEngine
 from gale.engine.request import Engine
-from gale.evals.bits_per_byte import bits_per_byte
-from gale.evals.reading import ask, read_and_answer, score
-from gale.evals.recipe import EvalRecipe
+from gale.evals.bits_per_byte import CHANCE, bits_per_byte
+from gale.evals.classification import run_classification, run_written_classification
+from gale.evals.generation import ask, run_generation
+from gale.evals.minimal_pairs import run_pairs
+from gale.evals.multiple_choice import run_choices
+from gale.evals.reading import answer_scores, read_and_answer, score
+from gale.evals.recipe import ChoicesTask, ClassifyTask, EvalRecipe, GenerateTask, PairsTask, Task
+from gale.evals.scores import Score
+from gale.evals.task import TaskResult
 from gale.model.checkpoint import load_model
-from gale.text.template import Message
+from gale.model.transformer import Decoder
+from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
 
 def evaluate(folder: Path, recipe: EvalRecipe) -> dict[str, Any]:
     """Measure the model in ``folder``; the result is plain data. Raises ``ModelError`` or ``DataError``."""
-    missing = [str(source.path) for source in recipe.sources if not source.path.is_file()]
-    if missing:
-        raise DataError(f"These held-out files do not exist: {', '.join(missing)}", hint="Check the evaluation recipe.")
+    _require_files(recipe)
     compute = choose_compute()
     model = load_model(folder, dtype=compute.dtype, device=compute.device)
     tokenizer = Tokenizer.load(folder)
-    text_scores = {
-        source.split: round(
-            bits_per_byte(model, tokenizer, _texts(source, recipe), window=recipe.window_tokens, title=source.split),
-            4,
-        )
+    texts = [
+        bits_per_byte(model, tokenizer, _texts(source, recipe), window=recipe.window_tokens, title=source.split)
         for source in recipe.sources
         if source.format != "qa"
-    }
+    ]
+    results = {task.name: result for task in recipe.tasks if (result := _by_likelihood(task, model, tokenizer))}
     del model  # the engine opens its own
-    reading, answers = asyncio.run(_answers(folder, recipe))
+    reading, answers, read = asyncio.run(_by_engine(folder, recipe, tokenizer, results))
+    results = {task.name: results[task.name] for task in recipe.tasks}
+    scores = [*texts, *read, *(each for result in results.values() for each in result.scores)]
     return {
         "model": str(folder),
         "compute": compute.reason,
-        "bits_per_byte": text_scores,
-        "chance_bits_per_byte": round(math.log2(256), 4),
+        "scores": [_rounded(each) for each in scores],
+        "bits_per_byte": {each.task: round(each.value, 4) for each in texts},
+        "chance_bits_per_byte": round(CHANCE, 4),
         "reading": reading,
+        "tasks": {
+            task.name: {
+                "kind": task.kind,
+                "file": task.path.name,
+                "licence": task.licence,
+                "origin": task.origin,
+                "shots": getattr(task, "shots", 0),
+                "notes": dict(results[task.name].notes),
+                "groups": [_rounded(each) for each in results[task.name].groups],
+                "samples": results[task.name].samples,
+            }
+            for task in recipe.tasks
+        },
         "answers": answers,
     }
 
 
-async def _answers(folder: Path, recipe: EvalRecipe) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def _require_files(recipe: EvalRecipe) -> None:
+    paths = [*(source.path for source in recipe.sources), *(task.path for task in recipe.tasks)]
+    paths += [shots for task in recipe.tasks if (shots := getattr(task, "shots_path", None)) is not None]
+    missing = []
+    for path in paths:
+        try:
+            find_files(path)
+        except DataError:
+            missing.append(str(path))
+    if missing:
+        raise DataError(f"These held-out files do not exist: {', '.join(missing)}", hint="Check the evaluation recipe.")
+
+
+def _by_likelihood(task: Task, model: Decoder, tokenizer: Tokenizer) -> TaskResult | None:
+    """The result of a task that needs no text to be generated; None for the others."""
+    template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
+    match task:
+        case PairsTask():
+            return run_pairs(task, model, tokenizer)
+        case ChoicesTask():
+            return run_choices(task, model, tokenizer, template)
+        case ClassifyTask(by="likelihood"):
+            return run_classification(task, model, tokenizer, template)
+    return None
+
+
+async def _by_engine(
+    folder: Path, recipe: EvalRecipe, tokenizer: Tokenizer, results: dict[str, TaskResult]
+) -> tuple[dict[str, Any], list[dict[str, str]], list[Score]]:
+    """What the engine must write for: reading questions, prompts, and tasks, whose results go into ``results``."""
     engine = LocalEngine.load(folder)
     try:
-        reading = {}
+        reading: dict[str, Any] = {}
+        scores: list[Score] = []
         for source in recipe.sources:
             if source.format == "qa":
                 given = await read_and_answer(
@@ -65,6 +114,13 @@ async def _answers(folder: Path, recipe: EvalRecipe) -> tuple[dict[str, Any], li
                     seed=recipe.seed,
                 )
                 reading[source.split] = {**score(given), "samples": [asdict(answer) for answer in given[:8]]}
+                scores += answer_scores(source.split, given)
+        for task in recipe.tasks:
+            match task:
+                case GenerateTask():
+                    results[task.name] = await run_generation(task, engine, tokenizer)
+                case ClassifyTask(by="generation"):
+                    results[task.name] = await run_written_classification(task, engine, tokenizer)
         answers = [
             {
                 "prompt": prompt,
@@ -72,7 +128,7 @@ async def _answers(folder: Path, recipe: EvalRecipe) -> tuple[dict[str, Any], li
             }
             for prompt in recipe.prompts
         ]
-        return reading, answers
+        return reading, answers, scores
     finally:
         await engine.close()
 
@@ -84,22 +140,8 @@ async def _ask_or_say_why_not(engine: Engine, prompt: str, max_tokens: int) -> s
         return f"(not answered: {error.message})"
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """The report as a page."""
-    lines = [f"# Evaluation of {report['model']}", "", "## Bits per byte (lower is better; 8 is chance)", ""]
-    lines += [f"- {name}: {value:.3f}" for name, value in report["bits_per_byte"].items()]
-    for name, scores in report["reading"].items():
-        lines += ["", f"## {name}", ""]
-        lines += [
-            f"- {key.replace('_', ' ')}: {value}"
-            for key, value in scores.items()
-            if key != "samples" and value is not None
-        ]
-    if report["answers"]:
-        lines += ["", "## Answers", ""]
-        for item in report["answers"]:
-            lines += [f"**{item['prompt']}**", "", item["answer"] or "(nothing)", ""]
-    return "\n".join(lines) + "\n"
+def _rounded(score: Score) -> dict[str, Any]:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(score).items()}
 
 
 def _texts(source: Source, recipe: EvalRecipe) -> Iterator[str]:

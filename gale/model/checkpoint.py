@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
 from gale.model.config import ModelConfig
 from gale.model.transformer import Decoder
+from gale.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -30,31 +31,92 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | None 
     Nothing is built before names and shapes of the stored weights have been compared with the configuration, which
     may ask for anything. Weights are converted one tensor at a time, so no more than one is ever held twice.
     """
-    config = ModelConfig.load(folder)
-    paths = weight_files(folder)
-    _check_shapes(folder, config, _stored_shapes(paths, config))
+    return load_decoder(folder, ModelConfig.load(folder), dtype=dtype, device=device)
+
+
+def load_decoder(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    beside: Mapping[str, Tensor] | None = None,
+) -> Decoder:
+    """As :func:`load_model` with a configuration that is known already.
+
+    ``beside`` are further weights that the folder must hold, by the name under which it does; they are filled.
+    """
+    beside = beside or {}
+    check_weights(folder, config, beside)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model.to_empty(device=device or torch.device("cpu"))
     # Built on the meta device, the tie and the rotary table were left without content.
     model.retie()
     wanted = dict(stored_weights(model))
-    for path in paths:
+    for path in weight_files(folder):
         with _opened(path) as weights:
             for name, stored in _names(weights, config):
                 with torch.no_grad():
-                    wanted[name].copy_(weights.get_tensor(stored))
+                    (beside[name] if name in beside else wanted[name]).copy_(weights.get_tensor(stored))
     return model.eval()
 
 
-def save_model(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write ``config.json`` and ``model.safetensors``; a tied head is stored once, as Hugging Face does."""
+def save_model(
+    model: Decoder,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    beside: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``; a tied head is stored once, as Hugging Face does.
+
+    ``beside`` are weights outside the decoder by name, ``settings`` what ``config.json`` says further or otherwise.
+    """
     tensors: dict[str, Tensor] = {}
     for name, weight in stored_weights(model):
         full = name if name.startswith("lm_head.") else f"model.{name}"
         tensors[full] = weight.detach().to("cpu", dtype).contiguous()
+    tensors |= {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in (beside or {}).items()}
     files.write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    files.write_json(folder / "config.json", model.config.to_hugging_face(dtype=_NAMES[dtype]))
+    files.write_json(folder / "config.json", {**model.config.to_hugging_face(dtype=_NAMES[dtype]), **(settings or {})})
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model folder, which must not know more tokens than its model. Raises :class:`ModelError`."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocabulary_size > config.vocabulary_size:
+        raise ModelError(
+            f"{folder}: the tokenizer knows {tokenizer.vocabulary_size} tokens, "
+            f"the model only {config.vocabulary_size}."
+        )
+    return tokenizer
+
+
+def check_weights(
+    folder: Path, config: ModelConfig, beside: Mapping[str, Tensor] | None = None
+) -> dict[str, list[int]]:
+    """Shapes of the decoder's stored weights by name, which must be those that ``config`` asks for.
+
+    So must be those ``beside`` it. Reads the heads of the files only. Raises :class:`ModelError`.
+    """
+    shapes = _stored_shapes(weight_files(folder), config)
+    for name, weight in (beside or {}).items():
+        if (shape := shapes.pop(name, None)) != list(weight.shape):
+            raise ModelError(f"{folder} must hold a weight {name} of shape {list(weight.shape)}, but holds {shape}.")
+    _check_shapes(folder, config, shapes)
+    return shapes
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format in which weights are stored; fp32 where they differ or it is one Gale does not write."""
+    found = set()
+    for path in weight_files(folder):
+        with _opened(path) as weights:
+            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return kinds.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def stored_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:

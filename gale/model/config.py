@@ -89,6 +89,11 @@ class ModelConfig:
             raise ModelError(
                 f"There is no model folder {folder}.", hint="Give --model a folder in Hugging Face layout."
             )
+        if (folder / "adapter_config.json").is_file() and not path.is_file():
+            raise ModelError(
+                f"{folder} is an adapter, not a whole model.",
+                hint="Put it over its base with `gale train merge ADAPTER --base BASE --out DIR`.",
+            )
         if not path.is_file():
             raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face layout.")
         return cls.from_hugging_face(read_json(path))
@@ -262,6 +267,11 @@ def _read_family(content: dict[str, Any]) -> str:
         return str(model_type)
     if family := FAMILIES.get(str(architecture)):
         return family
+    if str(architecture).endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"This is no model that writes text but one that scores it ({architecture}), such as a reward model.",
+            hint="Give the chat model here; a reward model belongs where rewards are asked for.",
+        )
     raise ModelError(
         f"Gale cannot open models of architecture {architecture or model_type or 'unnamed'}.",
         hint=f"Supported are: {', '.join(sorted(FAMILIES))}.",

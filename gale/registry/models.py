@@ -26,8 +26,15 @@ def resolve_model(name_or_path: str | None) -> Path:
         return BUILTIN
     if Path(name_or_path).name == name_or_path and (named / name_or_path).is_dir():
         return named / name_or_path
-    known = [BUILTIN.name, *sorted(folder.name for folder in named.glob("*") if folder.is_dir())]
     raise ModelError(
         f"There is no model folder {name_or_path} and no model of that name.",
-        hint=f"Known names: {', '.join(known)}. A trained model stands in the folder `model` of its run.",
+        hint=f"Known names: {', '.join(known_models())}. A trained model stands in the folder `model` of its run.",
     )
+
+
+def known_models() -> dict[str, Path]:
+    """Folders by name: the built-in model, then those under ``GALE_HOME/models``."""
+    named = sorted((settings().home / "models").glob("*"))
+    return {BUILTIN.name: BUILTIN} | {
+        folder.name: folder for folder in named if folder.is_dir() and not folder.name.startswith(".")
+    }

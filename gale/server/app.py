@@ -9,7 +9,16 @@ from fastapi import FastAPI
 from gale import __version__
 from gale.engine.request import Engine
 from gale.platform.store import Store
-from gale.server import errors, health, openai_chat, openai_models, page_conversations, page_turns, static_page
+from gale.server import (
+    errors,
+    health,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    page_conversations,
+    page_turns,
+    static_page,
+)
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
 from gale.server.local_guard import LocalGuard
@@ -42,6 +51,7 @@ def create_app(
     app.include_router(health.routes(lifecycle))
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
+    app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)

@@ -48,8 +48,8 @@ async def _whole(engine: Engine, messages: list[Message], sampling: SamplingPara
                 text.append(event.text)
                 continue
             message = {"role": "assistant", "content": "".join(text), "refusal": None}
-            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(event)}
-            return {**head, "choices": [choice], "usage": _usage(event.usage)}
+            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(event)}
+            return {**head, "choices": [choice], "usage": usage_object(event.usage)}
     finally:
         await events.aclose()
     raise EngineFailedError("The model's answer ended without an end.")
@@ -83,9 +83,9 @@ async def _stream(
                 if event.text:
                     yield chunk({"content": event.text})
                 continue
-            yield chunk({}, _reason(event))
+            yield chunk({}, finish_reason(event))
             if include_usage:
-                yield ServerSentEvent(to_json({**head, "choices": [], "usage": _usage(event.usage)}))
+                yield ServerSentEvent(to_json({**head, "choices": [], "usage": usage_object(event.usage)}))
             yield ServerSentEvent("[DONE]")
             return
     finally:
@@ -102,14 +102,16 @@ def _head(engine: Engine, kind: str) -> dict[str, Any]:
     }
 
 
-def _reason(finished: Finished) -> str:
+def finish_reason(finished: Finished) -> str:
+    """How an answer ended, in OpenAI's words. Raises :class:`EngineFailedError` where it has none."""
     if finished.reason == "cancelled":
         # OpenAI has no such reason, and "stop" would pass off half an answer as a whole one.
         raise EngineFailedError("The answer was cancelled before its end.")
     return finished.reason
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+def usage_object(usage: Usage) -> dict[str, int]:
+    """Token counts as OpenAI names them."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

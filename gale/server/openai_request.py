@@ -6,6 +6,7 @@ lacks what was asked for is worse than an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gale.engine.request import Engine, SamplingParams
@@ -40,10 +41,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], SamplingParams]:
     """What to ask of ``engine``. Raises :class:`ApiError` 400, or 404 for another model's name."""
-    _refuse_unsupported(request.model_extra or {})
+    refuse_unsupported(request.model_extra or {}, _UNSUPPORTED)
     require_model(engine, request.model)
     if request.stream_options is not None and not request.stream:
-        raise _invalid("stream_options", "it is only allowed together with 'stream': true")
+        raise invalid("stream_options", "it is only allowed together with 'stream': true")
     sampling = SamplingParams(
         max_tokens=_token_limit(request, engine.context_length),
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -54,9 +55,11 @@ def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], Samp
     return _messages(request.messages), sampling
 
 
-def _refuse_unsupported(extra: dict[str, Any]) -> None:
+def refuse_unsupported(extra: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises :class:`ApiError` 400 for a field of ``unsupported`` that asks for something: whose value is neither null
+    nor one of those listed there."""
     for name, value in extra.items():
-        harmless = _UNSUPPORTED.get(name)
+        harmless = unsupported.get(name)
         if harmless is None or value is None:
             continue
         # By type as well: True equals 1 in Python and is no number in JSON.
@@ -74,10 +77,10 @@ def _token_limit(request: ChatRequest, context_length: int) -> int | None:
     fit beside this prompt ends with ``finish_reason`` "length"."""
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
-        raise _invalid("max_tokens", "it differs from 'max_completion_tokens'; give one of them")
+        raise invalid("max_tokens", "it differs from 'max_completion_tokens'; give one of them")
     name, limit = ("max_completion_tokens", new) if new is not None else ("max_tokens", old)
     if limit is not None and limit > context_length:
-        raise _invalid(name, f"this model writes at most {context_length} tokens")
+        raise invalid(name, f"this model writes at most {context_length} tokens")
     return limit
 
 
@@ -94,9 +97,9 @@ def _messages(messages: list[ChatMessage]) -> list[Message]:
                 param=f"{where}.content",
             )
         if message.tool_calls and message.role != "assistant":
-            raise _invalid(f"{where}.tool_calls", "only an assistant's message may have it")
+            raise invalid(f"{where}.tool_calls", "only an assistant's message may have it")
         if message.role == "tool" and message.tool_call_id not in calls:
-            raise _invalid(f"{where}.tool_call_id", "it must name a call of an earlier assistant message")
+            raise invalid(f"{where}.tool_call_id", "it must name a call of an earlier assistant message")
         calls.update(call.id for call in message.tool_calls or [])
         role = "system" if message.role == "developer" else message.role
         plain = Message(role=role, content=message.content or "")
@@ -106,5 +109,6 @@ def _messages(messages: list[ChatMessage]) -> list[Message]:
     return converted
 
 
-def _invalid(param: str, reason: str) -> ApiError:
+def invalid(param: str, reason: str) -> ApiError:
+    """The error for a value that cannot be used."""
     return ApiError(400, f"Invalid '{param}': {reason}.", code="invalid_value", param=param)

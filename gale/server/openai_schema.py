@@ -16,10 +16,12 @@ MOST_STOPS = 4
 MOST_TOOL_CALLS = 128
 MOST_METADATA = 16
 MOST_STOP_CHARACTERS = 256
-_INT64 = 2**63
+INT64 = 2**63
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Base of what stands inside a body: strict, other fields are ignored."""
+
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
@@ -56,7 +58,8 @@ def _problem(path: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("content_part", "{message}", {"path": path, "message": message})
 
 
-def _stop_list(stop: Any) -> Any:
+def stop_list(stop: Any) -> Any:
+    """One stop string, or null for none, as a list."""
     return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
@@ -70,17 +73,18 @@ Content = Annotated[str, BeforeValidator(_text_of)]
 StopString = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(_positive_zero)]
-TokenCount = Annotated[int, Field(ge=1, lt=_INT64)]
+Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
+TokenCount = Annotated[int, Field(ge=1, lt=INT64)]
 
 
-class FunctionCall(_Body):
+class FunctionCall(Body):
     """What a past answer called."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Body):
+class ToolCall(Body):
     """A call in a past answer."""
 
     id: str
@@ -88,7 +92,7 @@ class ToolCall(_Body):
     function: FunctionCall
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message. An assistant's content may be null if it called tools; a tool's names the call it answers."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -97,7 +101,7 @@ class ChatMessage(_Body):
     tool_call_id: str | None = None
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Whether a last chunk brings the token counts."""
 
     include_usage: bool | None = None
@@ -117,8 +121,8 @@ class ChatRequest(BaseModel):
     max_completion_tokens: TokenCount | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    stop: Annotated[list[StopString], BeforeValidator(_stop_list), Field(max_length=MOST_STOPS)] = []
+    seed: Seed | None = None
+    stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(max_length=MOST_STOPS)] = []
     # Accepted and without effect here: they concern the vendor's accounts, or tools, of which there are none.
     user: str | None = None
     metadata: Annotated[dict[str, str] | None, _at_most(MOST_METADATA)] = None

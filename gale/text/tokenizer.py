@@ -166,11 +166,11 @@ class Tokenizer:
 
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """What one token adds to a text in UTF-8, which may be part of a character; ``b""`` for a control token
-        unless asked for. Raises :class:`ModelError` where there is no such token.
+        unless asked for, and for a number without a token.
         """
         spelling = self._backend.id_to_token(token)
         if spelling is None:
-            raise ModelError(f"The vocabulary has no token {token}.")
+            return b""
         if token in self._added:  # stands as it is; of these, decoding leaves out only those flagged "special"
             return b"" if self._added[token] and not control_tokens else spelling.encode()
         if isinstance(self._backend.decoder, decoders.ByteLevel):

@@ -27,10 +27,16 @@ from gale.train.checkpoints import load_checkpoint, save_checkpoint
 from gale.train.metrics import METRICS, MetricsLog, header
 from gale.train.optim import MasterWeights, learning_rate
 from gale.train.parallel import World, joined, shard
-from gale.train.report import plot_curves
+from gale.train.report import plot_curves, write_report
 from gale.train.stage import ModelType, Stage
+from gale.train.tensorboard import FOLDER as TENSORBOARD
+from gale.train.tensorboard import TensorBoardLog
 
 _LOCK = "run.lock"
+_BROKEN_HINT = (
+    "Look at these documents; start anew, in another --out, with a lower optimiser.learning_rate or a longer warm-up. "
+    "The last checkpoint is sound."
+)
 
 
 def run(stage: Stage[ModelType], out: Path, *, resume: bool) -> dict[str, Any]:
@@ -81,7 +87,8 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
     if recipe.compile:
         _compile(model)
     optimiser = MasterWeights(model, recipe.optimiser)
-    start, tokens = _start(stage, out, resume, facts, machine, optimiser)
+    with world.together():  # nobody writes before all have looked
+        start, tokens = _start(stage, out, resume, facts, machine, optimiser)
     resolved = recipe.model_dump(mode="json")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     metrics: MetricsLog | None = None
@@ -89,6 +96,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
         files.write_json(out / "recipe.json", resolved)
         about = header(stage.name, resolved, machine, compute=compute.reason, parameters=parameters, **stage.facts)
         metrics = MetricsLog(out / METRICS, start, about)
+    board = TensorBoardLog(out / TENSORBOARD, keep_until=start) if world.main and recipe.tensorboard else None
     result: dict[str, Any] = {}
 
     with Bar(stage.name, recipe.steps, start, silent=not world.main) as bar:
@@ -126,7 +134,9 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
             if broken is None and not math.isfinite(norm):
                 rows = objective.describe(step * recipe.batch_rows, recipe.batch_rows)
                 broken = f"gradient norm {norm} on {rows}"
-            _stop_if_broken(broken, step, world)
+            with world.together():
+                if broken:
+                    raise GaleError(f"Training broke down at step {step + 1}: {broken}.", hint=_BROKEN_HINT)
 
             # Log.
             done = step + 1
@@ -157,23 +167,21 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                     bar.say(f"step {done}: {sample['prompt']} > {sample['text']}")
             if metrics:
                 metrics.append(row)
+            if board:
+                board.append(row)
             bar.advance(f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s")
 
             # Save.
             if done % recipe.checkpoint_every == 0 or done == recipe.steps:
                 state = {**optimiser.state(), **objective.state(), "tokens": torch.tensor(tokens)}
-                problem = None
-                if metrics:
-                    try:
+                with world.together():
+                    if metrics:
                         metrics.sync()
                         save_checkpoint(out, done, state, facts, machine, keep=recipe.keep_checkpoints)
-                    except GaleError as error:
-                        if world.size == 1:
-                            raise
-                        problem = error.message
-                world.agree(problem)
             result = row
 
+    if board:
+        board.close()
     return _finish(stage, model, optimiser, out, metrics, result, tokens, compute, world)
 
 
@@ -199,17 +207,6 @@ def _sample(stage: Stage[ModelType], model: ModelType) -> list[dict[str, str]]:
     samples = stage.samples(model, stage.recipe.sample_prompts, stage.recipe.sample_tokens)
     model.train()
     return samples
-
-
-def _stop_if_broken(broken: str | None, step: int, world: World) -> None:
-    hint = (
-        "Start anew, in another --out, with a lower optimiser.learning_rate or a longer warm-up; look at the documents."
-    )
-    try:
-        world.agree(f"Training broke down at step {step + 1}: {broken}." if broken else None)
-    except GaleError as error:
-        error.hint = hint
-        raise
 
 
 def _compile(model: nn.Module) -> None:
@@ -288,4 +285,5 @@ def _finish(
         }
         files.write_json(out / "summary.json", summary)
         plot_curves(out / METRICS, out / "curves.svg", title=stage.name)
+        write_report(out)
     return summary

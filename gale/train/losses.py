@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gale.model.attention import PackedAttention
+from gale.model.config import ModelConfig
+from gale.model.reward_model import RewardModel
 from gale.model.transformer import Decoder
 from gale.train.batches import IGNORED, Batch
 
@@ -20,15 +22,24 @@ _WIDE_SCORES = 2**20
 
 def hidden_states(model: Decoder, batch: Batch) -> Tensor:
     """Final hidden states [N, C] of a batch, on the model's device; attention stays within each piece."""
-    device, config = model.embed_tokens.weight.device, model.config
+    x_NC: Tensor = model(*_inputs(model.config, batch, model.embed_tokens.weight.device))
+    return x_NC
+
+
+def token_values(model: RewardModel, batch: Batch) -> Tensor:
+    """Values [N] of a batch's tokens, fp32 and differentiable, on the model's device."""
+    values_N: Tensor = model(*_inputs(model.config, batch, model.score.weight.device))
+    return values_N
+
+
+def _inputs(config: ModelConfig, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, PackedAttention]:
     attend = PackedAttention(
         batch.lengths,
         device,
         sliding_window=config.sliding_window,
         sliding_from_layer=config.sliding_from_layer,
     )
-    x_NC: Tensor = model(batch.ids_N.to(device), batch.positions_N.to(device), attend)
-    return x_NC
+    return batch.ids_N.to(device), batch.positions_N.to(device), attend
 
 
 def trained_logprobs(model: Decoder, batch: Batch) -> Tensor:
@@ -64,7 +75,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return scores_TV.gather(1, targets_T[:, None]).squeeze(1).float() - normaliser_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x_TC, weight_VC, targets_T, normaliser_T = ctx.saved_tensors
         scores_TV, ctx.scores_TV = ctx.scores_TV, None
         for low, high in _chunks(scores_TV):
@@ -72,7 +83,8 @@ class _TokenLogprobs(torch.autograd.Function):
             wide.sub_(normaliser_T[low:high, None]).exp_().mul_(-grad_T[low:high, None])
             wide.scatter_add_(1, targets_T[low:high, None], grad_T[low:high, None])
             scores_TV[low:high] = wide
-        return scores_TV @ weight_VC, scores_TV.T @ x_TC, None
+        # A frozen head (LoRA) needs no gradient, which would be as wide as the vocabulary.
+        return scores_TV @ weight_VC, scores_TV.T @ x_TC if ctx.needs_input_grad[1] else None, None
 
 
 def _chunks(scores_TV: Tensor) -> list[tuple[int, int]]:

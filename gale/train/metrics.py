@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: what a run did, one JSON object a line, from which its report is made.
+"""``metrics.jsonl``: what a run did, one JSON object a line, from which :mod:`gale.train.report` makes its report.
 
 The first line is a header: ``{"header": {"stage", "started", "gale", "commit", "machine", "recipe", ...}}``. Each
-further line is a step.
+further line is a step, or another header where the run was resumed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, keep_until: int, header: dict[str, Any]) -> None:
-        kept = list(read_metrics(path)) if keep_until and path.is_file() else []
-        headers = [row for row in kept if "header" in row]
-        self._rows = [row for row in kept if row.get("step", keep_until + 1) <= keep_until]
+        kept = list(_read(path)) if keep_until and path.is_file() else []
+        lines = [row for row in kept if "header" in row or row.get("step", keep_until + 1) <= keep_until]
+        self._rows = [row for row in lines if "step" in row]
         self._path = path
-        lines = [*(headers[:1] or [{"header": header}]), *self._rows]
+        lines.append({"header": header})
         files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def append(self, row: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class MetricsLog:
         return float(sum(row[key] for row in self._rows))
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     """Header and rows of a metrics file, up to the half line that a killed run may leave."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -10,6 +10,7 @@ from gale.core import files
 from gale.core.errors import DataError
 from gale.model.checkpoint import save_model
 from gale.model.config import ModelConfig
+from gale.model.reward_model import RewardModel, save_reward_model
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
 
@@ -23,6 +24,13 @@ def export_decoder(model: Decoder, tokenizer: Tokenizer, folder: Path, dtype: to
     save_model(model, folder, dtype=dtype)
     tokenizer.save(folder)
     files.write_json(folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": ends[-1]})
+
+
+def export_reward_model(model: RewardModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """Write everything that the folder of a reward model in Hugging Face layout has."""
+    tokenizer.settings["model_max_length"] = model.config.context_length
+    save_reward_model(model, folder, dtype=dtype, pad_token_id=tokenizer.token_id(END_OF_TEXT))
+    tokenizer.save(folder)
 
 
 def check_fits(base: Path, config: ModelConfig, data: Path, row_tokens: int) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from gale.core.errors import DataError
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.transformer import Decoder
 from gale.train.batches import PackedRows
@@ -21,7 +22,8 @@ from gale.train.stage import Loss, Objective
 class NextToken(Objective[Decoder]):
     """Cross-entropy in nats over the trained tokens of ``training``; held-out splits are read in the same way.
 
-    A mixture of experts is also trained to keep its routers even and small, as its configuration weighs that.
+    A mixture of experts is also trained to keep its routers even and small, as its configuration weighs that; the loss
+    that is logged stays the cross-entropy. How even a router is depends on what it sees: one micro-batch at a time.
     """
 
     training: PackedRows
@@ -30,7 +32,7 @@ class NextToken(Objective[Decoder]):
     micro_rows: int
 
     def loss(self, model: Decoder, first_row: int, rows: int) -> Loss:
-        """See :meth:`gale.train.stage.Objective.loss`; the logged loss is the cross-entropy alone."""
+        """See :meth:`gale.train.stage.Objective.loss`."""
         batch = self.training.batch(first_row, rows)
         nats: Tensor = -trained_logprobs(model, batch).sum()
         items = batch.trained_tokens
@@ -68,10 +70,14 @@ def next_token(
 ) -> NextToken:
     """The objective over prepared data: its split ``train`` is trained on, all others are held out."""
 
-    def rows(split: str) -> PackedRows:
-        return PackedRows(
-            TokenSplit(data, split), row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on=loss_on, long=long
-        )
+    def rows(name: str) -> PackedRows:
+        split = TokenSplit(data, name)
+        if split.pairs:
+            raise DataError(
+                f"The split {name!r} of {data} holds preferences, half of whose answers are the worse ones.",
+                hint="Train on them with `gale train reward` or `gale train dpo`.",
+            )
+        return PackedRows(split, row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on=loss_on, long=long)
 
     held_out = {name: rows(name) for name in read_manifest(data)["splits"] if name != "train"}
     return NextToken(rows("train"), held_out, recipe.evaluate_rows, recipe.micro_rows)

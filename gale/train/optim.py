@@ -84,6 +84,8 @@ class MasterWeights:
         batches round a spike; here the one that would make it). A norm that stays high becomes the median in time.
         """
         gradients = [master.grad for master in self.masters if master.grad is not None]
+        if not gradients:  # nothing was learnt from, as where reinforcement learning found no group with a difference
+            return 0.0, True
         torch._foreach_mul_(gradients, gradient_scale)
         norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.masters, self._recipe.gradient_clip)))
         taken = math.isfinite(norm) and not self._is_spike(norm)

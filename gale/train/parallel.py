@@ -42,16 +42,21 @@ class World:
         dist.all_reduce(device_total := total.to(_communication_device()))
         return [float(value) for value in device_total]
 
-    def agree(self, error: str | None) -> None:
-        """Raise :class:`GaleError` in every process where any has an ``error``: none may wait for one that gave up."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A :class:`GaleError` raised in the block by one process is raised in all; none waits for one that gave up."""
         if self.size == 1:
-            if error:
-                raise GaleError(error)
+            yield
             return
-        errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, error)
-        if first := next(filter(None, errors), None):
-            raise GaleError(first)
+        own: GaleError | None = None
+        try:
+            yield
+        except GaleError as error:
+            own = error
+        errors: list[GaleError | None] = [None] * self.size
+        dist.all_gather_object(errors, own)
+        if first := next((error for error in errors if error is not None), None):
+            raise own or first
 
     def wait(self) -> None:
         """Return when all processes have come here."""

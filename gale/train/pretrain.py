@@ -16,6 +16,7 @@ from gale.train.loop import run
 from gale.train.model_folder import export_decoder
 from gale.train.next_token import next_token
 from gale.train.recipe import PretrainRecipe
+from gale.train.samples import decoder_samples
 from gale.train.stage import Stage
 
 
@@ -23,6 +24,7 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict
     """Train a model of the recipe's shape from fresh weights; see :func:`gale.train.loop.run`."""
     data = ready_data(recipe.data)
     manifest = read_manifest(data)
+    tokenizer = Tokenizer.load(data / "tokenizer")
     shape = recipe.model
     config = ModelConfig(
         family="qwen3_moe" if shape.experts else "qwen3",
@@ -51,7 +53,8 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, resume: bool = False) -> dict
         facts={"data_fingerprint": manifest["fingerprint"]},
         build=fresh,
         objective=next_token(recipe, data, loss_on="all", long="split"),
-        export=lambda model, folder, dtype: export_decoder(model, Tokenizer.load(data / "tokenizer"), folder, dtype),
+        export=lambda model, folder, dtype: export_decoder(model, tokenizer, folder, dtype),
         flops_per_token=config.flops_per_token(recipe.row_tokens),
+        samples=decoder_samples(recipe, tokenizer, config.context_length, chat=False),
     )
     return run(stage, out, resume=resume)

@@ -123,10 +123,79 @@ class PretrainRecipe(StageRecipe):
         return self
 
 
-class SftRecipe(StageRecipe):
-    """``gale train sft``: a chat model from a base model and conversations (supervised fine-tuning)."""
+class Lora(Recipe):
+    """Low-rank adapters (Hu et al. 2022) in place of training the whole model; the result is an adapter folder."""
+
+    rank: int = Field(default=16, ge=1, description="Width of an adapter.")
+    alpha: float = Field(default=32.0, gt=0, description="Adapters count alpha / rank times.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an adapter's inputs left out in training.")
+    targets: tuple[str, ...] = Field(
+        default=("layers.*",), min_length=1, description="Linear layers by name or pattern, such as q_proj; * is any."
+    )
+    adapter: Path | None = Field(
+        default=None, description="Train on from this adapter over the base, whose shape then stands."
+    )
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Lora:
+        if self.adapter is not None and (given := self.model_fields_set - {"adapter"}):
+            raise ValueError(f"with an adapter to train on from, leave out {', '.join(sorted(given))}")
+        return self
+
+
+class TuningRecipe(StageRecipe):
+    """What stages have in common that start from a model: all of it is trained, or adapters beside it."""
 
     base: Path = Field(description="Model folder to start from.")
+    lora: Lora | None = Field(default=None, description="Train adapters instead of the whole model.")
+
+
+class SftRecipe(TuningRecipe):
+    """``gale train sft``: a chat model from a base model and conversations (supervised fine-tuning)."""
+
+
+class PreferenceRecipe(TuningRecipe):
+    """What stages on preferences have in common: a row is a pair, and ``row_tokens`` the longest half of one."""
+
+    row_tokens: int = Field(ge=16, description="Longest prompt and answer; longer prompts lose their beginning.")
+
+
+class RewardOptimiser(Optimiser):
+    """As for other stages, but for what a score that begins at zero changes."""
+
+    spike_factor: float = Field(
+        default=0.0, ge=0, description="As elsewhere, but off: the gradient of a fresh score rises manyfold at first."
+    )
+
+
+class RewardRecipe(PreferenceRecipe):
+    """``gale train reward``: a model that scores answers, from preferences (Bradley & Terry 1952)."""
+
+    optimiser: RewardOptimiser
+    margin: float = Field(default=0.0, ge=0, description="By how much the chosen answer should at least be ahead.")
+    centre: float = Field(
+        default=0.01, ge=0, description="Weight of the squared sum of a pair's rewards, which holds them near 0."
+    )
+
+
+class DpoRecipe(PreferenceRecipe):
+    """``gale train dpo``: a chat model that prefers what people preferred (Rafailov et al. 2023)."""
+
+    loss: Literal["sigmoid", "ipo"] = Field(default="sigmoid", description="DPO's own, or IPO's square.")
+    beta: float = Field(default=0.1, gt=0, description="How dearly moving away from the base is paid for.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="sigmoid: the share of pairs that may be labelled the wrong way round."
+    )
+    length_normalised: bool = Field(default=False, description="Mean instead of summed log-probability of an answer.")
+    sft_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the chosen answer's cross-entropy (nats per token) beside it."
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_of_sigmoid(self) -> DpoRecipe:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError("label_smoothing belongs to the loss sigmoid")
+        return self
 
 
 class GrownExperts(Recipe):

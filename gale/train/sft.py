@@ -5,36 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gale.core import files
 from gale.data.prepare import ready_data
-from gale.data.shards import read_manifest
-from gale.model.checkpoint import load_model, weight_files
-from gale.model.config import ModelConfig
-from gale.text.tokenizer import Tokenizer
 from gale.train.loop import run
-from gale.train.model_folder import check_fits, export_decoder
 from gale.train.next_token import next_token
 from gale.train.recipe import SftRecipe
-from gale.train.stage import Stage
+from gale.train.tuning import tuned_decoder
 
 
 def sft(recipe: SftRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Fine-tune ``recipe.base``; see :func:`gale.train.loop.run`."""
     data = ready_data(recipe.data)
-    manifest = read_manifest(data)
-    config = ModelConfig.load(recipe.base)
-    check_fits(recipe.base, config, data, recipe.row_tokens)
-    stage = Stage(
-        name="sft",
-        recipe=recipe,
-        data=(data,),
-        facts={
-            "data_fingerprint": manifest["fingerprint"],
-            "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
-        },
-        build=lambda dtype: load_model(recipe.base, dtype=dtype),
-        objective=next_token(recipe, data, loss_on="trained", long="cut"),
-        export=lambda model, folder, dtype: export_decoder(model, Tokenizer.load(data / "tokenizer"), folder, dtype),
-        flops_per_token=config.flops_per_token(recipe.row_tokens),
-    )
-    return run(stage, out, resume=resume)
+    objective = next_token(recipe, data, loss_on="trained", long="cut")
+    return run(tuned_decoder("sft", recipe, data, objective), out, resume=resume)

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gale.cli.main import main
+from tests.cli.conftest import Gale
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SOURCE = '[[sources]]\npath = "texts.jsonl"\nlicence = "CC0"\norigin = "us"\n'
-
-
-class Result:
-    """How a command ended and what it printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-Gale = Callable[..., Result]
-
-
-@pytest.fixture
-def gale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gale_home: Path) -> Gale:
-    """Run ``gale`` through its real entry point."""
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["gale", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
@@ -137,3 +110,29 @@ def test_square_brackets_in_a_message_survive(gale: Gale, tmp_path: Path) -> Non
 )
 def test_the_recipes_that_come_with_gale_are_valid(gale: Gale, verb: str, recipe: str) -> None:
     assert gale(*verb.split(), RECIPES / recipe, "--dry-run").code == 0
+
+
+def test_a_model_learns_from_its_own_answers(gale: Gale, workplace: Path) -> None:
+    (workplace / "prompts.jsonl").write_text('{"prompt": "Sentence number", "expected": "sea"}\n' * 2)
+    (workplace / "rl.toml").write_text(
+        'algorithm = "grpo"\nbase = "run/model"\ndata = "prompts.jsonl"\nsteps = 2\nbatch_rows = 4\nmicro_rows = 4\n'
+        "row_tokens = 32\nanswer_tokens = 8\nanswers_per_prompt = 4\n"
+        '[reward]\nverifier = "f1"\n[optimiser]\nlearning_rate = 0.001\n'
+    )
+    (workplace / "best.toml").write_text(
+        'base = "run/model"\ndata = "prompts.jsonl"\nn = 4\nanswer_tokens = 8\n[reward]\nverifier = "f1"\n'
+    )
+    data = f"tokenizer={workplace / 'tokenizer.toml'}"
+    assert gale("data", "prepare", workplace / "data.toml", data, "--out", workplace / "prepared").code == 0
+    assert gale("train", "pretrain", workplace / "train.toml", "--out", workplace / "run").code == 0
+    result = gale("train", "rl", workplace / "rl.toml", "--out", workplace / "rl")
+    assert result.code == 0, result.err
+    assert "reward of the last answers" in result.out
+    assert (workplace / "rl/model/model.safetensors").is_file()
+    result = gale("train", "best-of-n", workplace / "best.toml", "--out", workplace / "best")
+    assert result.code == 0, result.err
+    assert "best of 4: reward" in result.out
+    assert "2 of 2 answers kept" in result.out
+    result = gale("train", "rl", workplace / "rl.toml", "reward.verifier=taste", "--out", workplace / "other")
+    assert result.code == 2
+    assert "There is no verifier 'taste'; there are choice" in result.err

@@ -45,6 +45,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
 
 
+def test_a_file_written_piece_by_piece_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    (tmp_path / f".a.{2**30}-new").write_text("left by a process that was killed")
+    with files.new_file(tmp_path / "a") as temporary:
+        temporary.write_text("1")
+        assert not (tmp_path / "a").exists()
+    with pytest.raises(KeyError), files.new_file(tmp_path / "a") as temporary:
+        temporary.write_text("2")
+        raise KeyError
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "1"}
+
+
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     with files.new_directory(tmp_path / "out") as folder:
         (folder / "a").write_text("1")

@@ -100,7 +100,7 @@ def test_faults_in_a_list_of_tables_say_which_one(tmp_path: Path) -> None:
 
 def test_a_key_that_resembles_nothing_gets_the_list_of_valid_ones(tmp_path: Path) -> None:
     (found,) = problems(written(tmp_path, SOURCES + "\nzzzzz = 1\n"), DataRecipe)
-    assert "sources.1.zzzzz: no such key (valid: epochs, format, licence," in found
+    assert "sources.1.zzzzz: no such key (valid: encoding, epochs, fields, format, kind, licence," in found
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,11 @@ def blocks(language: str, name: str = "README.md") -> list[str]:
 
 
 def test_both_languages_show_the_same_code() -> None:
-    for language in ("sh", "python"):
-        assert blocks(language) == blocks(language, "README.zh.md")
-        assert blocks(language, "docs/tutorial.md") == blocks(language, "docs/tutorial.zh.md")
+    pairs = [("README.md", "README.zh.md")]
+    pairs += [(str(page).replace(".zh.md", ".md"), str(page)) for page in PAGES if page.name.endswith(".zh.md")]
+    for language in ("sh", "python", "toml"):
+        for english, chinese in pairs:
+            assert blocks(language, english) == blocks(language, chinese), english
     assert blocks("sh")[0].splitlines()[-1] == "make run"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gale.engine.kv_cache import SequenceCache, attend_one
+from gale.engine.kv_cache import OwnCaches, attend_one
 from gale.model.config import ModelConfig
 
 
@@ -28,7 +28,7 @@ def test_attention_equals_the_reference(queries: int, window: int | None) -> Non
 
 def test_growing_keeps_what_is_stored() -> None:
     config = ModelConfig("qwen3", 10, 8, 8, 2, 2, 1, 4, context_length=1000)
-    cache = SequenceCache(config, torch.float32, torch.device("cpu"))
+    cache = OwnCaches(config, torch.float32, torch.device("cpu")).take()
     keys = torch.randn(900, 1, 4)
     for low, high in [(0, 200), (200, 201), (201, 700), (700, 900)]:
         cache.reserve(high - low)

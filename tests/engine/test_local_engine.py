@@ -21,8 +21,8 @@ from gale.engine.request import (
     Finished,
     SamplingParams,
     TextDelta,
+    TokenScore,
 )
-from gale.engine.sampler import Sampler
 from gale.engine.sequence import Sequence
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import save_model
@@ -218,14 +218,14 @@ def test_a_failed_step_fails_its_requests_and_not_the_engine(
 
 def test_one_broken_answer_does_not_end_the_others(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    choose = Sampler.choose
+    accept = Sequence.accept
 
-    def broken(self: Sampler, logits_V: Tensor) -> int:
-        if self._params.seed == 13:
+    def broken(self: Sequence, token: int, score: TokenScore | None = None) -> None:
+        if self.params.seed == 13:
             raise RuntimeError("bad luck")
-        return choose(self, logits_V)
+        accept(self, token, score)
 
-    monkeypatch.setattr(Sampler, "choose", broken)
+    monkeypatch.setattr(Sequence, "accept", broken)
 
     async def run() -> list[Any]:
         answers = (answer(engine, SHORT, seed=seed, max_tokens=8) for seed in (1, 13, 2))

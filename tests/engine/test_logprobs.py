@@ -16,6 +16,7 @@ from gale.engine.request import (
     ContextLengthError,
     Event,
     Finished,
+    PromptError,
     PromptScores,
     SamplingParams,
     TextDelta,
@@ -98,8 +99,12 @@ def test_a_prompt_alone_can_be_scored_up_to_the_whole_context(make_engine: MakeE
     assert asyncio.run(collect(engine, ids, max_tokens=0)) == events[-1:]
     with pytest.raises(ContextLengthError):
         asyncio.run(collect(engine, ids, max_tokens=1))
-    with pytest.raises(ValueError, match="at least one token"):
-        engine.complete([], SamplingParams())
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [3, 10_000]])
+def test_tokens_that_are_none_are_refused_before_they_can_harm_others(make_engine: MakeEngine, ids: list[int]) -> None:
+    with pytest.raises(PromptError):
+        make_engine().complete(ids, SamplingParams())
 
 
 def test_raw_tokens_are_continued_as_the_chat_is(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:

@@ -11,9 +11,10 @@ import torch
 
 from gale.core.recipe import load_recipe
 from gale.evals.bits_per_byte import bits_per_byte
+from gale.evals.page import to_markdown
 from gale.evals.reading import Answer, score
 from gale.evals.recipe import DEFAULT_RECIPE, EvalRecipe
-from gale.evals.report import evaluate, to_markdown
+from gale.evals.report import evaluate
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import save_model
 from gale.text.tokenizer import END_OF_TEXT, Tokenizer
@@ -26,7 +27,7 @@ def test_an_untrained_uniform_model_scores_its_vocabulary(tokenizer: Tokenizer) 
     text = "The wind came over the hill. 风从山上吹来。"
     tokens = len(tokenizer.encode(text))
     expected = tokens * math.log2(tokenizer.vocabulary_size) / len(text.encode())
-    assert bits_per_byte(uniform, tokenizer, [text], window=8, title="t") == pytest.approx(expected, rel=1e-5)
+    assert bits_per_byte(uniform, tokenizer, [text], window=8, title="t").value == pytest.approx(expected, rel=1e-5)
 
 
 def test_bits_per_byte_is_the_summed_surprise_of_every_token(tokenizer: Tokenizer) -> None:
@@ -37,7 +38,7 @@ def test_bits_per_byte_is_the_summed_surprise_of_every_token(tokenizer: Tokenize
         hidden = tiny(torch.tensor(ids[:-1]), torch.arange(len(ids) - 1), PackedAttention([len(ids) - 1]))
         logprobs = torch.log_softmax(tiny.logits(hidden), -1)
     surprise = -float(logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum()) / math.log(2)
-    measured = bits_per_byte(tiny, tokenizer, [text, text], window=500, title="t")
+    measured = bits_per_byte(tiny, tokenizer, [text, text], window=500, title="t").value
     assert measured == pytest.approx(surprise / len(text.encode()), rel=1e-5)
 
 

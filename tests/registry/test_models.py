@@ -7,16 +7,7 @@ from pathlib import Path
 import pytest
 
 from gale.core.errors import ModelError
-from gale.core.settings import settings
 from gale.registry.models import BUILTIN, resolve_model
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GALE_HOME", str(tmp_path))
-    settings.cache_clear()
-    yield tmp_path
-    settings.cache_clear()
 
 
 def test_no_name_means_the_built_in_model() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -39,9 +40,10 @@ def start(
     edge_limits: EdgeLimits | None = None,
     stream_limits: StreamLimits | None = None,
     grace_s: float = 0.2,
+    engine: Any = None,
 ) -> Live:
-    """Run the application in a thread of its own until ``stop``."""
-    engine, lifecycle, ready = ScriptedEngine(), Lifecycle(grace_s), threading.Event()
+    """Run the application in a thread of its own until ``stop``; the engine is a scripted one unless given."""
+    engine, lifecycle, ready = engine or ScriptedEngine(), Lifecycle(grace_s), threading.Event()
     app = create_app(
         engine, store, static=static, lifecycle=lifecycle, edge_limits=edge_limits, stream_limits=stream_limits
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from gale.core.recipe import Recipe
 from gale.train.recipe import PretrainRecipe
 
 # Keys that measure the machine, not the run.
@@ -63,3 +65,21 @@ def gale(*arguments: str | Path, home: Path) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_toml(path: Path, recipe: Recipe) -> Path:
+    """A recipe as the file that it could have come from."""
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in content.items() if key not in tables]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None)]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -21,10 +22,52 @@ from gale.model.checkpoint import load_model, save_model
 from gale.model.config import ModelConfig
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
+from gale.train import next_token
+from gale.train.batches import Batch
 from gale.train.pretrain import pretrain
 from gale.train.recipe import SftRecipe
 from gale.train.sft import sft
 from tests.train.runs import metrics, recipe
+
+# Losses of sixteen steps, written down once. A change that means to leave the numbers alone leaves these alone.
+GOLDEN = {
+    "adamw": [
+        5.9328,
+        5.8719,
+        5.8148,
+        5.698,
+        5.3889,
+        5.1262,
+        4.9538,
+        4.7435,
+        4.5835,
+        4.3148,
+        4.1225,
+        4.0513,
+        4.2655,
+        3.8679,
+        3.9459,
+        3.7563,
+    ],
+    "muon": [
+        5.9328,
+        5.8771,
+        5.8134,
+        5.7282,
+        5.4524,
+        5.2624,
+        5.0693,
+        4.8463,
+        4.6606,
+        4.3734,
+        4.1661,
+        4.1084,
+        4.2831,
+        3.8902,
+        3.9936,
+        3.7533,
+    ],
+}
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -41,6 +84,7 @@ def test_the_loss_falls_and_everything_a_run_leaves_is_there(prepared: Path, tmp
     assert summary["final"]["loss"] == rows[-1]["loss"]
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     assert (tmp_path / "run/curves.svg").read_text().startswith("<?xml")
+    assert "english" in (tmp_path / "run/report.html").read_text()
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000038", "step-00000040"]
 
 
@@ -320,3 +364,77 @@ def test_compiling_without_a_compiler_is_a_message(
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(GaleError, match="needs a C"):
         pretrain(recipe(prepared, compile=True), tmp_path / "run")
+
+
+def test_rows_that_make_the_loss_no_number_are_named_with_their_documents(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = next_token.trained_logprobs
+
+    def poisoned(model: Decoder, batch: Batch) -> torch.Tensor:
+        calls.append(batch)
+        return whole(model, batch) * (math.nan if len(calls) == 8 else 1)  # the second half of the fourth step
+
+    calls: list[Batch] = []
+    monkeypatch.setattr(next_token, "trained_logprobs", poisoned)
+    with pytest.raises(GaleError, match=r"step 4: loss nan on rows 14 to 15: train \d+ \(number \d+ kept of") as caught:
+        pretrain(recipe(prepared, evaluate_every=100), tmp_path / "run")
+    assert "rows 12" not in caught.value.message
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_eight_pieces_of_one_row_make_the_step_of_one_piece_of_eight(
+    prepared: Path, tmp_path: Path, algorithm: str
+) -> None:
+    for name, micro in (("8x1", 1), ("1x8", 8)):
+        optimiser = {"learning_rate": 0.01, "warmup_steps": 2, "algorithm": algorithm}
+        pretrain(recipe(prepared, batch_rows=8, micro_rows=micro, optimiser=optimiser), tmp_path / name)
+    for one, eight in zip(metrics(tmp_path / "8x1"), metrics(tmp_path / "1x8"), strict=True):
+        assert one["loss"] == pytest.approx(eight["loss"], abs=1e-5)
+        assert one["gradient_norm"] == pytest.approx(eight["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_the_curve_is_the_golden_one(prepared: Path, tmp_path: Path, algorithm: str) -> None:
+    optimiser = {"learning_rate": 0.02, "warmup_steps": 4, "algorithm": algorithm, "ema_decay": 0.8}
+    pretrain(recipe(prepared, steps=16, optimiser=optimiser), tmp_path / "run")
+    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    assert losses == pytest.approx(GOLDEN[algorithm], abs=2e-4), [round(loss, 4) for loss in losses]
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_a_resumed_run_keeps_momenta_moving_average_and_usual_norms(
+    prepared: Path, tmp_path: Path, algorithm: str
+) -> None:
+    optimiser = {"learning_rate": 0.01, "warmup_steps": 2, "algorithm": algorithm, "ema_decay": 0.5}
+    wanted = recipe(prepared, export="fp32", optimiser=optimiser)
+    pretrain(wanted, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000006")
+    pretrain(wanted, tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    for name in ("model/model.safetensors", "checkpoints/step-00000006/state.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert metrics(tmp_path / "cut")[-1]["held_out_average"] != metrics(tmp_path / "cut")[-1]["held_out"]
+
+
+def test_the_first_line_tells_where_the_run_comes_from(prepared: Path, tmp_path: Path) -> None:
+    pretrain(recipe(prepared), tmp_path / "run")
+    pretrain(recipe(prepared), tmp_path / "run", resume=True)
+    first, *rest = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert first["header"]["stage"] == "pretrain"
+    assert first["header"]["recipe"]["steps"] == 6
+    assert first["header"]["machine"]["torch"] == torch.__version__
+    assert [row.get("step", "resumed") for row in rest] == [1, 2, 3, 4, 5, 6, "resumed"]
+
+
+def test_a_mixture_of_experts_trains_with_its_routers_kept_even(prepared: Path, tmp_path: Path) -> None:
+    experts = {"count": 4, "per_token": 2, "intermediate_size": 16, "balance_loss": 0.05}
+    shape = recipe(prepared).model.model_dump(mode="json") | {"experts": experts}
+    pretrain(recipe(prepared, steps=40, model=shape, evaluate_every=40), tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["balance_loss"] < 1.1 * experts["per_token"]  # even is per_token, one expert alone is count
+    assert rows[-1]["held_out"]["english"] < rows[-1]["loss"] + 1
+    assert load_model(tmp_path / "run/model", dtype=torch.float32).config.experts.count == 4

@@ -99,3 +99,56 @@ def test_the_state_goes_back_to_where_the_masters_are() -> None:
     optimiser.load_state(saved)
     devices = {name: tensor.device.type for name, tensor in optimiser.state().items() if name != "norms"}
     assert devices == dict.fromkeys(saved.keys() - {"norms"}, "meta")
+
+
+def one_step(model: nn.Linear, optimiser: MasterWeights, gradient: float) -> tuple[float, bool]:
+    (model(torch.ones(1, 1)).sum() * gradient).backward()
+    optimiser.collect()
+    return optimiser.step(0.1, 1.0)
+
+
+def test_a_spike_is_skipped_and_a_norm_that_stays_high_is_not() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimiser = MasterWeights(model, settings(spike_factor=5.0, gradient_clip=1e9))
+    assert all(one_step(model, optimiser, 1.0)[1] for _ in range(20))
+    before = model.weight.detach().clone()
+    norm, taken = one_step(model, optimiser, 6.0)
+    assert (round(norm, 3), taken) == (6.0, False)
+    assert torch.equal(model.weight, before)
+    assert one_step(model, optimiser, 4.0)[1]
+    taken_in_the_end = [one_step(model, optimiser, 6.0)[1] for _ in range(64)]
+    assert not taken_in_the_end[0]
+    assert taken_in_the_end[-1]
+
+
+def test_no_step_is_called_a_spike_before_there_is_a_usual_norm() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimiser = MasterWeights(model, settings(spike_factor=2.0))
+    assert all(one_step(model, optimiser, 10.0**power)[1] for power in range(5))
+
+
+def test_the_moving_average_is_that_of_the_weights_and_is_what_is_exported() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimiser = MasterWeights(model, settings(ema_decay=0.75, weight_decay=0.0))
+    expected = float(model.weight.detach())
+    for _ in range(5):
+        one_step(model, optimiser, 1.0)
+        expected = 0.75 * expected + 0.25 * float(model.weight.detach())
+    last = float(model.weight.detach())
+    optimiser.refresh(averaged=True)
+    assert float(model.weight.detach()) == pytest.approx(expected)
+    optimiser.refresh()
+    assert float(model.weight.detach()) == last
+    assert float(optimiser.whole_weights()["weight"]) == pytest.approx(expected)
+
+
+def test_what_is_frozen_is_neither_stepped_nor_kept() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    optimiser = MasterWeights(model, settings())
+    assert optimiser.names == ["1.weight", "1.bias"]
+    before = model[0].weight.clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimiser.collect()
+    optimiser.step(0.1, 1.0)
+    assert torch.equal(model[0].weight, before)

@@ -1,0 +1,175 @@
+"""Files to rows: packed JSON lines and Parquet row by row, text, Markdown and HTML one row a file.
+
+Reading is split in two. :func:`read_rows` only takes files apart, so that one process can feed many; what costs time
+(JSON, HTML) is done by :meth:`Row.parse`, wherever the row has got to.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from gale.core.errors import DataError
+from gale.data.source_files import FileKind, SourceFile
+
+_READ = 2**20
+_PARQUET_ROWS = 256
+# YAML between two lines of dashes, as static site generators have it: about the page, not of it.
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t]+.*\n|- .*\n|\n)*?---[ \t]*\n")
+
+OnRead = Callable[[int], None]
+
+
+def _uncounted(_: int) -> None: ...
+
+
+class BrokenRowError(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it lies in a file; ``place`` names file and line, and bytes are yet to be parsed."""
+
+    place: str
+    kind: FileKind
+    content: bytes | dict[str, Any]
+    encoding: str = "utf-8"
+
+    def parse(self) -> dict[str, Any]:
+        """The row's keys and values; a file of text is a row with the key ``text``. Raises :class:`BrokenRowError`."""
+        if isinstance(self.content, dict):
+            return self.content
+        if self.kind == "html":
+            return {"text": html_text(self.content)}
+        if self.kind in ("text", "markdown"):
+            try:
+                text = self.content.decode(self.encoding).removeprefix("\ufeff")
+            except UnicodeDecodeError as error:
+                raise BrokenRowError(f"{error} (another `encoding`, such as gb18030?)") from error
+            return {"text": markdown_text(text) if self.kind == "markdown" else text}
+        try:
+            row = json.loads(self.content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # includes broken UTF-8
+            raise BrokenRowError(str(error)) from error
+        if not isinstance(row, dict):
+            raise BrokenRowError("not a JSON object.")
+        return row
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes to send the row elsewhere."""
+        return len(self.content) if isinstance(self.content, bytes) else len(repr(self.content))
+
+
+def read_rows(
+    file: SourceFile, *, columns: tuple[str, ...] | None = None, encoding: str = "utf-8", on_read: OnRead = _uncounted
+) -> Iterator[Row]:
+    """All rows of a file in order. ``columns`` are all that is needed of Parquet, ``on_read`` is told of bytes read.
+
+    Raises :class:`DataError` for a file that is damaged as a whole.
+    """
+    if file.kind == "parquet":
+        yield from _parquet_rows(file.path, columns, on_read)
+        return
+    line = 0
+    try:
+        if file.kind == "jsonl":
+            for line, raw in enumerate(_lines(_chunks(file.path, on_read)), start=1):
+                if raw.strip():
+                    yield Row(f"{file.path}, line {line}", file.kind, raw)
+        else:
+            yield Row(str(file.path), file.kind, b"".join(_chunks(file.path, on_read)), encoding)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        after = f" after line {line}" if file.kind == "jsonl" else ""
+        raise DataError(f"{file.path} is damaged{after}: {error}", hint="Copy or download the file again.") from error
+
+
+def html_text(page: bytes) -> str:
+    """The main text of a page without its navigation, as Markdown-free text; empty where there is none.
+
+    trafilatura (Barbaresi 2021) finds it, and the page's encoding too.
+    """
+    try:
+        import trafilatura
+    except ImportError as error:
+        raise DataError(f"HTML cannot be read, because trafilatura does not load: {error}") from error
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # a page without text is counted, not logged
+    return trafilatura.extract(page, include_comments=False, include_tables=True) or ""
+
+
+def markdown_text(text: str) -> str:
+    """Markdown as it is, without front matter."""
+    return _FRONT_MATTER.sub("", text.replace("\r\n", "\n"))
+
+
+def _parquet_rows(path: Path, columns: tuple[str, ...] | None, on_read: OnRead) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as table:
+            if missing := [name for name in columns or () if name not in table.schema_arrow.names]:
+                raise DataError(
+                    f"{path} has no column {missing[0]!r}.",
+                    hint=f"It has {', '.join(table.schema_arrow.names)}; name the right one with `text_key` or "
+                    "`fields`.",
+                )
+            per_row = path.stat().st_size / max(1, table.metadata.num_rows)
+            for batch in table.iter_batches(_PARQUET_ROWS, columns=None if columns is None else list(columns)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", "parquet", row)
+                on_read(round(per_row * batch.num_rows))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is damaged after row {number}: {error}", hint="Copy or download the file again."
+        ) from error
+
+
+def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
+    """Content of a plain, gzip or zstd file, unpacked."""
+    with path.open("rb") as file:
+        if path.suffix == ".zst":
+            yield from _zstd_chunks(iter(lambda: file.read(_READ), b""), on_read)
+            return
+        unpacked = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        done = 0
+        while chunk := unpacked.read(_READ):
+            on_read(file.tell() - done)
+            done = file.tell()
+            yield chunk
+
+
+def _zstd_chunks(packed_chunks: Iterator[bytes], on_read: OnRead) -> Iterator[bytes]:
+    # Not the library's stream reader: it ends without a word where a file is cut short, and after the first frame.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = decompressor.decompressobj()
+    for packed in packed_chunks:
+        on_read(len(packed))
+        while packed:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(packed)
+            packed = frame.unused_data if frame.eof else b""
+    if not frame.eof:
+        raise EOFError("the last frame is cut short")
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    pending = b""
+    for chunk in chunks:
+        *lines, pending = (pending + chunk).split(b"\n")
+        yield from lines
+    if pending:
+        yield pending

@@ -1,0 +1,73 @@
+"""The body of ``POST /v1/completions``: raw text or tokens to continue, field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from gale.server.openai_schema import (
+    INT64,
+    Probability,
+    Seed,
+    StopString,
+    StreamOptions,
+    Temperature,
+    stop_list,
+)
+
+# Choices of one request, all prompts together. Evaluation harnesses send batches of prompts.
+MOST_CHOICES = 256
+# OpenAI takes four; lm-evaluation-harness sends all that a task names, and the end token's text.
+MOST_STOPS = 32
+# OpenAI's newer limit for chat; its five for completions would be short for research.
+MOST_LOGPROBS = 20
+
+
+def _prompts(value: Any) -> Any:
+    """The four ways to write prompts as one: a list of strings and token lists."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("it must be a string, a list of strings, a list of tokens or a list of such lists")
+    if not value:
+        raise ValueError("it must not be empty")
+    if all(_is_token(item) for item in value):
+        return [value]
+    if len(value) > MOST_CHOICES:
+        raise ValueError(f"at most {MOST_CHOICES} prompts are taken at once")
+    if all(isinstance(item, str) for item in value):
+        return value
+    if all(isinstance(item, list) and item and all(_is_token(token) for token in item) for item in value):
+        return value
+    raise ValueError("it must hold only strings, only tokens, or only lists of at least one token")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < INT64
+
+
+class CompletionRequest(BaseModel):
+    """The request, checked field by field; what concerns several fields or the model follows in openai_completions."""
+
+    # Unknown fields are kept to be looked through.
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Seed | None = None
+    stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(max_length=MOST_STOPS)] = []
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream's last chunk is to carry the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)

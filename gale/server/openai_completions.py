@@ -1,0 +1,265 @@
+"""``POST /v1/completions``: raw text or tokens continued, with log-probabilities of both where asked for.
+
+What OpenAI calls legacy is what evaluation harnesses measure through: a prompt echoed with the scores of its tokens.
+Control tokens that a prompt spells out count as such, since the caller writes the whole of what the model reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from gale.engine.request import (
+    ContextLengthError,
+    Engine,
+    EngineFailedError,
+    Finished,
+    PromptError,
+    PromptScores,
+    SamplingParams,
+    TextDelta,
+    Usage,
+)
+from gale.server.disconnect import cancel, while_wanted
+from gale.server.errors import ApiError
+from gale.server.json_body import read_json, request_schema
+from gale.server.json_text import to_json
+from gale.server.lifecycle import Lifecycle
+from gale.server.openai_chat import finish_reason, usage_object
+from gale.server.openai_completion_schema import MOST_CHOICES, CompletionRequest
+from gale.server.openai_logprobs import LogprobLists
+from gale.server.openai_models import require_model
+from gale.server.openai_request import invalid, refuse_unsupported
+from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+# Choices of one request that the engine has at once, so that one client's batch leaves places for others.
+_AT_ONCE = 16
+
+# Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One choice to make."""
+
+    index: int
+    param: str
+    ids: list[int]
+    echo: str | None
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of one choice; the last one has the reason and the counts."""
+
+    index: int
+    text: str
+    logprobs: dict[str, list[Any]] | None = None
+    reason: str | None = None
+    usage: Usage | None = None
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        return {"index": self.index, "text": self.text, "logprobs": self.logprobs, "finish_reason": self.reason}
+
+
+def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRouter:
+    """The one route."""
+    router = APIRouter(tags=["openai"])
+
+    @router.post("/v1/completions", response_model=None, openapi_extra=request_schema(CompletionRequest))
+    async def create(request: Request) -> Response:
+        body = await read_json(request, CompletionRequest)
+        jobs = await asyncio.to_thread(_jobs, body, engine)
+        head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": engine.model_id,
+        }
+        if body.stream:
+            chunks = _stream(engine, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
+            return EventStream(chunks, lifecycle, limits=limits)
+        work = _whole(engine, jobs, head, copies=body.n or 1)
+        return JSONResponse(await while_wanted(request.receive, lifecycle, work))
+
+    return router
+
+
+def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
+    """Every choice that is asked for, those of one prompt together. Raises :class:`ApiError` 400 or 404."""
+    refuse_unsupported(body.model_extra or {}, _UNSUPPORTED)
+    require_model(engine, body.model)
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options", "it is only allowed together with 'stream': true")
+    copies = body.n or 1
+    if copies * len(body.prompt) > MOST_CHOICES:
+        raise invalid("n", f"all prompts together may have at most {MOST_CHOICES} choices")
+    limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if limit > engine.context_length:
+        raise invalid("max_tokens", f"this model writes at most {engine.context_length} tokens")
+    sampling = SamplingParams(
+        max_tokens=limit,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stop=tuple(body.stop),
+        logprobs=body.logprobs,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+    )
+    jobs: list[_Job] = []
+    for place, prompt in enumerate(body.prompt):
+        param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
+        ids = _encode(engine, prompt, param) if isinstance(prompt, str) else prompt
+        text = prompt if isinstance(prompt, str) else _text(engine, ids)
+        for copy in range(copies):
+            # Copies with one seed would all be alike.
+            seed = None if body.seed is None else body.seed + copy
+            own = replace(sampling, seed=seed)
+            jobs.append(_Job(len(jobs), param, ids, text if body.echo else None, own))
+    return jobs
+
+
+async def _whole(engine: Engine, jobs: list[_Job], head: dict[str, Any], *, copies: int) -> dict[str, Any]:
+    choices = [_Piece(job.index, "") for job in jobs]
+    pieces = _all_pieces(engine, jobs)
+    try:
+        async for piece in pieces:
+            choices[piece.index] = _joined(choices[piece.index], piece)
+    finally:
+        await pieces.aclose()
+    return {**head, "choices": [choice.choice for choice in choices], "usage": _usage(choices, copies)}
+
+
+async def _stream(
+    engine: Engine, jobs: list[_Job], head: dict[str, Any], *, copies: int, include_usage: bool
+) -> AsyncGenerator[ServerSentEvent, None]:
+    """A chunk for each piece of any choice, then (if asked for) the usage without choices, then ``[DONE]``."""
+    if include_usage:
+        head = {**head, "usage": None}
+    last: list[_Piece] = []
+    pieces = _all_pieces(engine, jobs)
+    try:
+        async for piece in pieces:
+            if piece.usage is not None:
+                last.append(piece)
+            yield ServerSentEvent(to_json({**head, "choices": [piece.choice]}))
+    finally:
+        await pieces.aclose()
+    if include_usage:
+        last.sort(key=lambda piece: piece.index)
+        yield ServerSentEvent(to_json({**head, "choices": [], "usage": _usage(last, copies)}))
+    yield ServerSentEvent("[DONE]")
+
+
+async def _all_pieces(engine: Engine, jobs: list[_Job]) -> AsyncGenerator[_Piece, None]:
+    """The pieces of all choices as they come, those of each choice in order. The first failure ends all."""
+    ready: asyncio.Queue[_Piece | Exception] = asyncio.Queue(maxsize=_AT_ONCE)
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def run(job: _Job) -> None:
+        pieces = _pieces(engine, job)
+        try:
+            async with places:
+                async for piece in pieces:
+                    await ready.put(piece)
+        except Exception as error:
+            await ready.put(error)
+        finally:
+            await pieces.aclose()
+
+    running = [asyncio.create_task(run(job)) for job in jobs]
+    unfinished = len(jobs)
+    try:
+        while unfinished:
+            item = await ready.get()
+            if isinstance(item, Exception):
+                raise item
+            unfinished -= item.reason is not None
+            yield item
+    finally:
+        await cancel(*running)
+
+
+async def _pieces(engine: Engine, job: _Job) -> AsyncGenerator[_Piece, None]:
+    """One choice, piece by piece. Raises :class:`ApiError` 400 for a prompt that the model cannot take."""
+    logprobs = None if job.sampling.logprobs is None else LogprobLists(engine)
+    try:
+        events = engine.complete(job.ids, job.sampling)
+    except PromptError as error:
+        raise invalid(job.param, error.message) from error
+    try:
+        if job.echo is not None and logprobs is None:
+            yield _Piece(job.index, job.echo)
+        async for event in events:
+            match event:
+                case PromptScores() if logprobs is not None:
+                    yield _Piece(job.index, job.echo or "", logprobs.lists(event.scores, prompt=True))
+                case TextDelta():
+                    score = [] if event.score is None else [event.score]
+                    yield _Piece(job.index, event.text, logprobs.lists(score) if logprobs else None)
+                case Finished():
+                    yield _Piece(
+                        job.index, "", logprobs.lists([]) if logprobs else None, finish_reason(event), event.usage
+                    )
+                    return
+    except ContextLengthError as error:
+        raise _too_long(error, job.param) from error
+    finally:
+        await events.aclose()
+    raise EngineFailedError("The model's answer ended without an end.")
+
+
+def _joined(whole: _Piece, piece: _Piece) -> _Piece:
+    logprobs = whole.logprobs
+    if piece.logprobs is not None:
+        logprobs = logprobs or {}
+        for name, values in piece.logprobs.items():
+            logprobs.setdefault(name, []).extend(values)
+    return _Piece(piece.index, whole.text + piece.text, logprobs, piece.reason, piece.usage)
+
+
+def _encode(engine: Engine, text: str, param: str) -> list[int]:
+    try:
+        return engine.encode(text)
+    except ContextLengthError as error:
+        raise _too_long(error, param) from error
+
+
+def _too_long(error: ContextLengthError, param: str) -> ApiError:
+    return ApiError(
+        400,
+        f"This model's maximum context length is {error.context_length} tokens, and the prompt has "
+        f"{error.prompt_tokens} or more. One place must be left for an answer unless 'max_tokens' is 0.",
+        code="context_length_exceeded",
+        param=param,
+    )
+
+
+def _text(engine: Engine, ids: list[int]) -> str:
+    return b"".join(engine.token_bytes(token, control_tokens=True) for token in ids).decode("utf-8", "replace")
+
+
+def _usage(choices: list[_Piece], copies: int) -> dict[str, int]:
+    """Counts of all choices; each prompt counts once, however many choices it has."""
+    counts = [choice.usage for choice in choices if choice.usage is not None]
+    prompt = sum(usage.prompt_tokens for usage in counts[::copies])
+    return usage_object(Usage(prompt, sum(usage.completion_tokens for usage in counts)))
