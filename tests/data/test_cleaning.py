@@ -346,7 +346,7 @@ def test_a_ray_cluster_that_is_not_there_is_named_at_once(recipe: dict[str, Any]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(DataError, match=f"no Ray cluster at {address}"):
+    with pytest.raises(GaleError, match=f"no Ray cluster at {address}"):
         run(recipe, tmp_path / "out", ray=address)
 
 
