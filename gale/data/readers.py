@@ -67,8 +67,10 @@ class Row:
 
     @property
     def size(self) -> int:
-        """About how many bytes it takes to send the row elsewhere."""
-        return len(self.content) if isinstance(self.content, bytes) else len(repr(self.content))
+        """About how large the row is, in bytes of a file or characters of its values."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        return sum(len(value) for value in self.content.values() if isinstance(value, str))
 
 
 def read_rows(
@@ -95,16 +97,19 @@ def read_rows(
 
 
 def html_text(page: bytes) -> str:
-    """The main text of a page without its navigation, as Markdown-free text; empty where there is none.
+    """The main text of a page without its navigation, as plain text; empty where there is none.
 
-    trafilatura (Barbaresi 2021) finds it, and the page's encoding too.
+    trafilatura (Barbaresi 2021) finds it, and the page's encoding too. Raises :class:`BrokenRowError`.
     """
     try:
         import trafilatura
     except ImportError as error:
         raise DataError(f"HTML cannot be read, because trafilatura does not load: {error}") from error
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # a page without text is counted, not logged
-    return trafilatura.extract(page, include_comments=False, include_tables=True) or ""
+    try:
+        return trafilatura.extract(page, include_comments=False, include_tables=True) or ""
+    except Exception as error:  # it promises nothing about what broken pages make it raise
+        raise BrokenRowError(f"not a page that can be read: {error}") from error
 
 
 def markdown_text(text: str) -> str:

@@ -13,7 +13,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -36,12 +36,17 @@ def workers_for(wanted: int, size: int) -> int:
     return 1 if size < _LITTLE else settings().threads or len(os.sched_getaffinity(0))
 
 
-def map_here(job: Job, batches: Iterable[Batch]) -> Iterator[BatchResult]:
+Results = Generator[BatchResult, None, None]  # closing it ends the work
+
+
+def map_here(job: Job, batches: Iterator[Batch]) -> Results:
     """Work on the batches one after another in this process."""
-    return map(BatchWorker(job), batches)
+    worker = BatchWorker(job)
+    for batch in batches:
+        yield worker(batch)
 
 
-def map_in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[BatchResult]:
+def map_in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Results:
     """Work on the batches in ``workers`` new processes. Raises :class:`DataError` where one of them dies."""
     # Spawned and not forked: this process may run threads of torch or of the tokenizer, which do not survive a fork.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(job,))
@@ -62,7 +67,7 @@ def map_in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def map_on_ray(job: Job, batches: Iterator[Batch], address: str) -> Iterator[BatchResult]:
+def map_on_ray(job: Job, batches: Iterator[Batch], address: str) -> Results:
     """Work on the batches with Ray Data on the cluster at ``address`` (or on the one this process is connected to).
 
     Batches travel to the machines and results back, so these need no files in common; they need Gale.

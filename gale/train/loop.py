@@ -106,7 +106,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                 f"Going on after step {start}." if start else "There is no checkpoint yet; starting at the beginning."
             )
         for step in range(start, recipe.steps):
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
 
             # Prepare: reinforcement learning lets the model answer here; other stages have nothing to do.
             row: dict[str, Any] = {"step": step + 1, **objective.begin_step(model, step)}
@@ -149,6 +149,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                 "gradient_norm": norm,
                 "tokens_per_second": round(step_tokens / seconds, 1),
                 "seconds": round(seconds, 4),
+                "cpu_seconds": round(time.process_time() - began_cpu, 4),
             }
             if not taken:
                 row["skipped"] = 1

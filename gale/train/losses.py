@@ -32,6 +32,18 @@ def token_values(model: RewardModel, batch: Batch) -> Tensor:
     return values_N
 
 
+def with_router_losses(total: Tensor, model: Decoder, items: int) -> tuple[Tensor, dict[str, float]]:
+    """``total`` with the gradient of the routers' losses, weighed as the configuration says, but without their value.
+
+    Also the losses themselves, for ``items`` items, by name. Nothing is added, and none named, for a dense model.
+    """
+    routers = {name: value * items for name, value in model.auxiliary_losses().items()}
+    for name, value in routers.items():
+        weighted = getattr(model.config.experts, name) * value
+        total = total + (weighted - weighted.detach())
+    return total, {name: float(value.detach()) for name, value in routers.items()}
+
+
 def _inputs(config: ModelConfig, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, PackedAttention]:
     attend = PackedAttention(
         batch.lengths,

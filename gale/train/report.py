@@ -147,7 +147,7 @@ def _charts(log: RunLog) -> list[tuple[str, str, Markup]]:
     for name, (indices, values) in log.series().items():
         group, slash, member = name.rpartition("/")
         # The seconds of a step are its throughput again.
-        if name in ("loss", "seconds") or name.startswith("held_out/"):
+        if name in ("loss", "seconds", "cpu_seconds") or name.startswith("held_out/"):
             continue
         members = groups.setdefault(group if slash else name, [])
         members.append(Line(member if slash else name, [over[i] for i in indices], values, len(members)))

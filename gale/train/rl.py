@@ -25,8 +25,10 @@ from gale.data.prepare import ready_data
 from gale.data.shards import read_manifest
 from gale.engine.request import SamplingParams
 from gale.engine.rollouts import end_tokens_of, generate
+from gale.model.adapter_folder import load_adapter
 from gale.model.checkpoint import load_model, weight_files
 from gale.model.config import ModelConfig
+from gale.model.lora import add_lora
 from gale.model.reward_model import RewardModel, load_reward_model
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ from gale.train.rewards import Judge, answers_batch, check_same_vocabulary, judg
 from gale.train.rl_recipe import RlRecipe
 from gale.train.samples import decoder_samples
 from gale.train.stage import Loss, Objective, Stage
+from gale.train.tuning import adapted, adapter_facts, adapter_shape, export_adapter, marker
 
 
 def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -62,6 +65,7 @@ def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
         "prompts_too_long": training.left_out,
         "reward": reward.facts,
         "gold": gold.facts if gold else None,
+        **adapter_facts(recipe),
     }
     if recipe.critic is not None:
         check_same_vocabulary(recipe.critic, tokenizer)
@@ -74,21 +78,32 @@ def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
                 critic = load_reward_model(recipe.critic, dtype=dtype)
             else:
                 critic = RewardModel.from_decoder(load_model(recipe.base, dtype=dtype))
-        return Actor(load_model(recipe.base, dtype=dtype), critic)
+            if recipe.lora is not None:
+                add_lora(critic, adapter_shape(recipe.lora, recipe.base), seed=recipe.seed)
+        return Actor(adapted(load_model(recipe.base, dtype=dtype), recipe), critic)
+
+    def export(actor: Actor, folder: Path, dtype: torch.dtype) -> None:
+        if recipe.lora is None:
+            export_decoder(actor.policy, tokenizer, folder, dtype)
+        else:
+            export_adapter(actor.policy, tokenizer, folder, dtype, recipe.base)
 
     chat = "prompt" not in training.prompts[0].source
     samples = decoder_samples(recipe, tokenizer, config.context_length, chat=chat)
-    reference = load_model(recipe.base, dtype=compute.dtype, device=compute.device).requires_grad_(False)
+    reference = load_model(recipe.base, dtype=compute.dtype, device=compute.device)
+    if recipe.lora is not None and recipe.lora.adapter is not None:
+        load_adapter(reference, recipe.lora.adapter, base=recipe.base)
     stage = Stage(
         name=recipe.algorithm,
         recipe=recipe,
         data=() if data is None else (data,),
         facts=facts,
         build=build,
-        objective=Reinforcement(recipe, reference, training, held_out, reward, gold, tokenizer),
-        export=lambda actor, folder, dtype: export_decoder(actor.policy, tokenizer, folder, dtype),
+        objective=Reinforcement(recipe, reference.requires_grad_(False), training, held_out, reward, gold, tokenizer),
+        export=export,
         # Of learning; what the answers and the judges cost comes on top.
         flops_per_token=config.flops_per_token(recipe.row_tokens) * (2 if recipe.algorithm == "ppo" else 1),
+        marker=marker(recipe),
         samples=lambda actor, prompts, tokens: samples(actor.policy, prompts, tokens),
     )
     return run(stage, out, resume=resume)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from gale.core.recipe import Recipe
 from gale.data.verifiers import VerifierOptions
-from gale.train.recipe import StageRecipe
+from gale.train.recipe import Optimiser, TuningRecipe
 
 _OF_GRPO = ("normalise_by_deviation", "least_spread")
 _OF_PPO = ("gamma", "gae_decay", "value_clip", "value_coefficient", "critic")
@@ -29,21 +29,30 @@ class Reward(Recipe):
         return self
 
 
-class RlRecipe(StageRecipe):
+class RlOptimiser(Optimiser):
+    """As for other stages, but for what rewards change."""
+
+    spike_factor: float = Field(
+        default=0.0, ge=0, description="As elsewhere, but off: how much there is to learn changes from step to step."
+    )
+
+
+class RlRecipe(TuningRecipe):
     """``gale train rl``: a model learns from its own answers, by how good they are.
 
     A row is one answer with its prompt. One step learns from ``batch_rows`` answers; every ``updates_per_rollout``
     steps the model writes new ones, and each is learnt from ``epochs_per_rollout`` times.
     """
 
-    may_change: ClassVar[frozenset[str]] = StageRecipe.may_change | {"held_out", "reward", "gold", "critic"}
+    may_change: ClassVar[frozenset[str]] = TuningRecipe.may_change | {"held_out", "reward", "gold", "critic"}
 
     data: Path = Field(
         description="Prompts: JSON lines of {prompt} or {messages}, with {expected} for a verifier; or prepared data, "
         "whose last answers are what is expected."
     )
     held_out: Path | None = Field(default=None, description="Prompts to evaluate on; prepared data has its own.")
-    base: Path = Field(description="Model folder to start from; it is also the reference.")
+    base: Path = Field(description="Model folder to start from; as it is, it is also the reference.")
+    optimiser: RlOptimiser
     row_tokens: int = Field(ge=2, description="Longest prompt and answer together; longer prompts are left out.")
     answer_tokens: int = Field(ge=1, description="Longest answer.")
     evaluate_rows: int = Field(default=64, ge=1, description="Prompts of each held-out split that are answered.")

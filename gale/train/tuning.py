@@ -23,7 +23,7 @@ from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from gale.train.model_folder import check_fits, export_decoder, export_reward_model
 from gale.train.pairs import PairedRows
-from gale.train.recipe import PreferenceRecipe, TuningRecipe
+from gale.train.recipe import Lora, PreferenceRecipe, TuningRecipe
 from gale.train.samples import decoder_samples
 from gale.train.stage import Objective, Stage
 
@@ -98,43 +98,67 @@ def _tuned(
         "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
         **more_facts,
     }
-    lora = recipe.lora
-    if lora is not None:
+    if recipe.lora is not None:
         flops -= config.flops_per_token(0) / 3  # the gradients of the frozen weights, a third of all but attention
-        if lora.adapter is not None:
-            read_adapter(lora.adapter, base=recipe.base)  # what is wrong with it is said before anything is begun
-            facts["adapter_fingerprint"] = files.sha256_of_all(lora.adapter.glob("adapter_*"))
-
-    def build(dtype: torch.dtype) -> ModelType:
-        model = open_base(recipe.base, dtype)
-        if lora is None:
-            return model
-        if lora.adapter is not None:
-            load_adapter(model, lora.adapter, base=recipe.base)
-        else:
-            shape = LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets)
-            add_lora(model, shape, seed=recipe.seed)
-        return model
 
     def export(model: ModelType, folder: Path, dtype: torch.dtype) -> None:
         tokenizer = Tokenizer.load(data / "tokenizer")
-        if lora is None:
+        if recipe.lora is None:
             export_whole(model, tokenizer, folder, dtype)
         else:
-            save_adapter(model, folder, base=recipe.base, dtype=dtype)
-            tokenizer.save(folder)
+            export_adapter(model, tokenizer, folder, dtype, recipe.base)
 
     return Stage(
         name=name,
         recipe=recipe,
         data=(data,),
-        facts=facts,
-        build=build,
+        facts=facts | adapter_facts(recipe),
+        build=lambda dtype: adapted(open_base(recipe.base, dtype), recipe),
         objective=objective,
         export=export,
         flops_per_token=flops,
-        marker=ADAPTER_CONFIG if lora is not None else "config.json",
+        marker=marker(recipe),
     )
+
+
+def adapted(model: ModelType, recipe: TuningRecipe) -> ModelType:
+    """``model``, which was loaded from ``recipe.base``, with the recipe's adapters beside it if it asks for any."""
+    lora = recipe.lora
+    if lora is None:
+        return model
+    if lora.adapter is not None:
+        load_adapter(model, lora.adapter, base=recipe.base)
+    else:
+        add_lora(model, adapter_shape(lora, recipe.base), seed=recipe.seed)
+    return model
+
+
+def adapter_shape(lora: Lora, base: Path) -> LoraShape:
+    """The shape of the adapters that a recipe asks for, or of the one it goes on from."""
+    if lora.adapter is not None:
+        return read_adapter(lora.adapter, base=base)[0]
+    return LoraShape(lora.rank, lora.alpha, lora.dropout, lora.targets)
+
+
+def adapter_facts(recipe: TuningRecipe) -> dict[str, Any]:
+    """What must be the same of an adapter to train on from. Raises :class:`ModelError` for one that is of no use."""
+    if recipe.lora is None or recipe.lora.adapter is None:
+        return {}
+    read_adapter(recipe.lora.adapter, base=recipe.base)  # what is wrong with it is said before anything is begun
+    return {"adapter_fingerprint": files.sha256_of_all(recipe.lora.adapter.glob("adapter_*"))}
+
+
+def export_adapter(
+    model: Decoder | RewardModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, base: Path
+) -> None:
+    """Write the folder of an adapter."""
+    save_adapter(model, folder, base=base, dtype=dtype)
+    tokenizer.save(folder)
+
+
+def marker(recipe: TuningRecipe) -> str:
+    """A file by which the folder that a stage writes is known."""
+    return ADAPTER_CONFIG if recipe.lora is not None else "config.json"
 
 
 def _open_decoder(base: Path, dtype: torch.dtype) -> Decoder:

@@ -19,7 +19,7 @@ from gale.model.lora import LoraShape, adapted, add_lora, merge_lora
 from gale.model.reward_model import RewardModel, load_reward_model, save_reward_model
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
-from tests.tiny_model import make_model
+from tests.tiny_model import MIXTURE, make_model
 
 IDS = torch.arange(1, 24)
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -86,6 +86,15 @@ def test_patterns_choose_layers_by_their_names(base: Path) -> None:
     with pytest.raises(ModelError, match="no linear layer 'w_qkv'") as caught:
         add_lora(load_model(base, dtype=torch.float32), LoraShape(rank=2, alpha=2, targets=("w_qkv",)), seed=1)
     assert "q_proj" in str(caught.value.hint)
+
+
+def test_of_a_mixture_of_experts_the_attention_alone_is_adapted(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ModelError, match="stacked weights of a mixture of experts") as caught:
+        add_lora(make_model(tokenizer, **MIXTURE), SHAPE, seed=1)
+    assert "q_proj" in str(caught.value.hint)
+    model = make_model(tokenizer, **MIXTURE)
+    add_lora(model, LoraShape(rank=2, alpha=2, targets=("q_proj", "o_proj")), seed=1)
+    assert len(adapted(model)) == 2 * model.config.layers
 
 
 def test_merging_keeps_the_function(base: Path) -> None:

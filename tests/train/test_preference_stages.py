@@ -30,6 +30,7 @@ from gale.train.recipe import DpoRecipe, RewardRecipe, SftRecipe
 from gale.train.reward import BradleyTerry, reward
 from gale.train.sft import sft
 from gale.train.stage import Objective
+from tests.tiny_model import MIXTURE
 from tests.train.preferences import ROWS, prepare_pairs, recipe, save_base
 from tests.train.runs import metrics
 
@@ -251,6 +252,17 @@ def test_a_trained_reward_model_is_a_folder_to_train_on_from(data: Path, base: P
     assert metrics(tmp_path / "further")[0]["loss"] < 0.5 * rows[0]["loss"]
     with pytest.raises(ModelError, match="scores it"):
         train("dpo", data, tmp_path / "run/model", tmp_path / "refused")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_mixture_of_experts_learns_preferences_with_its_routers_watched(
+    data: Path, tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    train(name, data, save_base(tokenizer, tmp_path / "base", **MIXTURE), tmp_path / "run", steps=10)
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # the routers' losses are not counted in
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["balance_loss"] > 1
 
 
 def test_adapters_alone_are_trained_and_hold_optimiser_state(prepared: Path, base: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from bench.postcards import CONTEXT, NAMES, TOPICS, asked, write_rows, write_world
 from gale.core.device import choose_compute
@@ -22,6 +23,7 @@ from gale.data.recipe import DataRecipe
 from gale.data.verifiers import verify
 from gale.engine.request import SamplingParams
 from gale.engine.rollouts import Rollout, end_tokens_of, generate
+from gale.model.adapter_folder import merge_adapter
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model
 from gale.model.config import ModelConfig
@@ -102,7 +104,7 @@ def rl_recipe(world: dict[str, Path], algorithm: str = "grpo", **changes: Any) -
         "evaluate_every": 3,
         "evaluate_temperature": 1.0,
         "checkpoint_every": 2,
-        "optimiser": {"learning_rate": 0.002, "warmup_steps": 0, "spike_factor": 0.0},
+        "optimiser": {"learning_rate": 0.002, "warmup_steps": 0},
     }
     return RlRecipe.model_validate(fields | changes)
 
@@ -316,6 +318,26 @@ def test_several_processes_are_refused(world: dict[str, Path], tmp_path: Path, m
 def test_recipes_that_do_not_add_up_are_refused(world: dict[str, Path], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         rl_recipe(world, **changes)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_adapters_are_trained_and_written_in_place_of_the_model(
+    world: dict[str, Path], tmp_path: Path, algorithm: str
+) -> None:
+    changes: dict[str, Any] = {"steps": 2, "optimiser": {"learning_rate": 0.02, "warmup_steps": 0}}
+    rl(rl_recipe(world, algorithm, lora={"rank": 4, "alpha": 8.0}, **changes), tmp_path / "one")
+    adapter = tmp_path / "one" / "model"
+    assert not (adapter / "config.json").exists()
+    state = load_file(tmp_path / "one" / "checkpoints" / "step-00000002" / "state.safetensors")
+    trained = {name for name in state if name.startswith("master/")}
+    assert all("lora_" in name or name == "master/critic.score.weight" for name in trained)
+    rl(rl_recipe(world, algorithm, lora={"adapter": adapter}, **changes), tmp_path / "two")
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert one[0]["kl"] == two[0]["kl"] == 0  # the reference is where a run begins
+    assert one[1]["kl"] != 0
+    merge_adapter(adapter, world["base"], tmp_path / "merged", dtype=torch.float32)
+    before, after = (load_model(folder, dtype=torch.float32) for folder in (world["base"], tmp_path / "merged"))
+    assert not torch.equal(before.layers[0].mlp.up_proj.weight, after.layers[0].mlp.up_proj.weight)
 
 
 def test_the_best_of_several_answers_are_kept_as_data(world: dict[str, Path], tmp_path: Path) -> None:
