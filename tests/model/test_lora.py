@@ -61,6 +61,14 @@ def test_a_fresh_adapter_changes_no_bit(base: Path, dtype: torch.dtype) -> None:
     assert torch.equal(logits(model.eval()), before)
 
 
+def test_beside_a_model_that_only_answers_nothing_drops_out(base: Path) -> None:
+    model = load_model(base, dtype=torch.float32)
+    add_lora(model, LoraShape(rank=4, alpha=8, dropout=0.5), seed=1)
+    shake(model)
+    assert torch.equal(logits(model), logits(model))
+    assert not torch.equal(logits(model.train()), logits(model))
+
+
 def test_only_adapters_are_trained_and_every_one_is(base: Path) -> None:
     model = load_model(base, dtype=torch.float32)
     frozen = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
