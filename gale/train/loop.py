@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -116,6 +117,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
             broken: str | None = None
             for index in range(world.rank, micro_batches, world.size):
                 first = step * recipe.batch_rows + index * recipe.micro_rows
+                torch.manual_seed(_row_seed(recipe.seed, first))
                 loss = objective.loss(model, first, recipe.micro_rows)
                 loss.total.backward()
                 optimiser.collect()
@@ -184,6 +186,11 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
     if board:
         board.close()
     return _finish(stage, model, optimiser, out, metrics, result, tokens, compute, world)
+
+
+def _row_seed(seed: int, row: int) -> int:
+    """The seed of what is drawn for a row, such as what LoRA drops out: whoever computes it, on whatever device."""
+    return int(np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)[0])
 
 
 def _evaluate(

@@ -87,7 +87,7 @@ class StageRecipe(Recipe):
     micro_rows: int = Field(ge=1, description="Rows computed at once; the rest is accumulated.")
     row_tokens: int = Field(ge=16, description="Tokens of a row, into which documents are packed.")
     optimiser: Optimiser
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = Field(
         default=False, description="torch.compile: slower to start, faster to run; needs a C++ compiler."

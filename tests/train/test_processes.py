@@ -86,7 +86,7 @@ def test_every_stage_follows_the_curve_of_one_process(prepared: Path, tokenizer:
     pairs = prepare_pairs(tokenizer, tmp_path / "pairs", ROWS[:5], ROWS[5:])
     large = {"batch_rows": 8, "export": "fp32", "evaluate_rows": 3}
     samples = {"sample_every": 2, "sample_prompts": ("The",), "sample_tokens": 4}
-    adapters = {"lora": {"rank": 2}, "optimiser": OPTIMISER}
+    adapters = {"lora": {"rank": 2, "dropout": 0.3}, "optimiser": OPTIMISER}
     experts = {"count": 4, "per_token": 2}
     mixture = wanted(prepared).model.model_dump() | {"experts": experts | {"intermediate_size": 16}}
     cases: dict[str, tuple[str, Recipe]] = {
