@@ -108,6 +108,12 @@ class StageRecipe(Recipe):
             raise ValueError(f"batch_rows ({self.batch_rows}) must be a multiple of micro_rows ({self.micro_rows})")
         return self
 
+    @model_validator(mode="after")
+    def _samples_have_prompts(self) -> StageRecipe:
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError("sample_every asks for sample_prompts, and there are none")
+        return self
+
 
 class PretrainRecipe(StageRecipe):
     """``gale train pretrain``: a new model from text."""
@@ -176,6 +182,12 @@ class RewardRecipe(PreferenceRecipe):
     centre: float = Field(
         default=0.01, ge=0, description="Weight of the squared sum of a pair's rewards, which holds them near 0."
     )
+
+    @model_validator(mode="after")
+    def _writes_nothing(self) -> RewardRecipe:
+        if self.sample_every:
+            raise ValueError("a reward model writes nothing: leave out sample_every")
+        return self
 
 
 class DpoRecipe(PreferenceRecipe):

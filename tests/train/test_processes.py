@@ -92,7 +92,7 @@ def test_every_stage_follows_the_curve_of_one_process(prepared: Path, tokenizer:
     cases: dict[str, tuple[str, Recipe]] = {
         "average": ("pretrain", recipe(prepared, **large, **samples, optimiser=OPTIMISER | {"ema_decay": 0.5})),
         "experts": ("pretrain", recipe(prepared, **large, model=mixture, optimiser=OPTIMISER)),
-        "grown": ("grow", tuning_recipe(GrowRecipe, prepared, base, grow={"experts": experts})),
+        "grown": ("grow", tuning_recipe(GrowRecipe, prepared, base, **samples, grow={"experts": experts})),
         "adapters": ("sft", tuning_recipe(SftRecipe, prepared, base, **adapters, **samples)),
         "reward": ("reward", tuning_recipe(RewardRecipe, pairs, base)),
         "reward-adapters": ("reward", tuning_recipe(RewardRecipe, pairs, base, **adapters)),
