@@ -18,7 +18,7 @@ from torch import Tensor
 from gale.core import files
 from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
-from gale.model.checkpoint import load_model, save_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model, save_model
 from gale.model.lora import LoraShape, adapted, add_lora, decoder_of, merge_lora
 from gale.model.reward_model import RewardModel, is_reward_model, load_reward_model, save_reward_model
 from gale.model.transformer import Decoder
@@ -150,11 +150,6 @@ def merge_adapter(adapter: Path, base: Path, out: Path, *, dtype: torch.dtype = 
             source = next((path / name for path in (adapter, base) if (path / name).is_file()), None)
             if source is not None:
                 shutil.copyfile(source, folder / name)
-
-
-def fingerprint(base: Path) -> str:
-    """SHA-256 over the weights of a model folder: what an adapter is bound to."""
-    return files.sha256_of_all(weight_files(base))
 
 
 def _peft_targets(model: Decoder | RewardModel) -> list[str]:

@@ -16,7 +16,7 @@ from gale.core.errors import ModelError
 from gale.core.progress import console
 from gale.data.prepare import ready_data
 from gale.data.shards import read_manifest
-from gale.model.checkpoint import load_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model
 from gale.model.config import Experts, ModelConfig
 from gale.model.grow import deepen, logit_difference, upcycle, widen
 from gale.model.transformer import Decoder
@@ -128,7 +128,7 @@ def measure(recipe: GrowRecipe, base: Decoder, grown: Decoder) -> dict[str, Any]
             hint="Look whether the base's weights are sound: gale eval tells.",
         )
     return {
-        "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
+        "base_fingerprint": fingerprint(recipe.base),
         "growth": recipe.grow.model_dump(mode="json"),
         "seed": recipe.seed,
         "parameters": {name: sum(p.numel() for p in m.parameters()) for name, m in (("base", base), ("grown", grown))},

@@ -26,7 +26,7 @@ from gale.data.shards import read_manifest
 from gale.engine.request import SamplingParams
 from gale.engine.rollouts import end_tokens_of, generate
 from gale.model.adapter_folder import load_adapter
-from gale.model.checkpoint import load_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model
 from gale.model.config import ModelConfig
 from gale.model.lora import add_lora
 from gale.model.reward_model import RewardModel, load_reward_model
@@ -59,8 +59,8 @@ def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     reward = judge(recipe.reward, tokenizer, everything, compute, **judging)
     gold = judge(recipe.gold, tokenizer, everything, compute, **judging) if recipe.gold else None
     facts: dict[str, Any] = {
-        "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
-        "prompts_fingerprint": _fingerprint(data, recipe),
+        "base_fingerprint": fingerprint(recipe.base),
+        "prompts_fingerprint": _prompts_fingerprint(data, recipe),
         "prompts": len(training.prompts),
         "prompts_too_long": training.left_out,
         "reward": reward.facts,
@@ -69,7 +69,7 @@ def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     }
     if recipe.critic is not None:
         check_same_vocabulary(recipe.critic, tokenizer)
-        facts["critic_fingerprint"] = files.sha256_of_all(weight_files(recipe.critic))
+        facts["critic_fingerprint"] = fingerprint(recipe.critic)
 
     def build(dtype: torch.dtype) -> Actor:
         critic = None
@@ -238,7 +238,7 @@ def _prompts(
     return training, held_out, data
 
 
-def _fingerprint(data: Path | None, recipe: RlRecipe) -> str:
+def _prompts_fingerprint(data: Path | None, recipe: RlRecipe) -> str:
     if data is not None:
         return str(read_manifest(data)["fingerprint"])
     return files.sha256(recipe.data)

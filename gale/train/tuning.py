@@ -15,7 +15,7 @@ from gale.core.progress import console
 from gale.data.prepare import ready_data
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.adapter_folder import ADAPTER_CONFIG, load_adapter, read_adapter, save_adapter
-from gale.model.checkpoint import load_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model
 from gale.model.config import ModelConfig
 from gale.model.lora import LoraShape, add_lora
 from gale.model.reward_model import RewardModel, is_reward_model, load_reward_model, reward_config
@@ -95,7 +95,7 @@ def _tuned(
     check_fits(recipe.base, config, data, recipe.row_tokens)
     facts: dict[str, Any] = {
         "data_fingerprint": read_manifest(data)["fingerprint"],
-        "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
+        "base_fingerprint": fingerprint(recipe.base),
         **more_facts,
     }
     if recipe.lora is not None:
