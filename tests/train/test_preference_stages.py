@@ -30,6 +30,7 @@ from gale.train.recipe import DpoRecipe, RewardRecipe, SftRecipe
 from gale.train.reward import BradleyTerry, reward
 from gale.train.sft import sft
 from gale.train.stage import Objective
+from gale.train.tuning import tuned_reward_model
 from tests.tiny_model import MIXTURE
 from tests.train.preferences import ROWS, prepare_pairs, recipe, save_base
 from tests.train.runs import metrics
@@ -294,6 +295,17 @@ def test_training_goes_on_from_an_adapter_of_this_base_only(
     with pytest.raises(ModelError, match="another base"):
         sft(recipe(SftRecipe, prepared, other, **onward), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_an_adapter_spares_a_third_of_the_operations_that_are_done_at_all(data: Path, base: Path) -> None:
+    def flops(**changes: Any) -> float:
+        wanted = recipe(RewardRecipe, data, base, **changes)
+        return tuned_reward_model("reward", wanted, data, objective).flops_per_token
+
+    training, held_out = (PairedRows(TokenSplit(data, name), row_tokens=120, seed=0) for name in ("train", "held"))
+    objective = BradleyTerry(training, {"held": held_out}, recipe(RewardRecipe, data, base))
+    config = load_model(base, dtype=torch.float32).config
+    assert flops() - flops(lora={"rank": 2}) == pytest.approx(2 * config.body_parameters)
 
 
 def test_a_reward_model_may_be_trained_as_an_adapter(data: Path, base: Path, tmp_path: Path) -> None:
