@@ -48,7 +48,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "experts": {"family": "qwen3_moe", "experts": Experts(4, 2, 24)},
     "experts in some layers": {
         "family": "qwen3_moe",
-        "experts": Experts(4, 2, 80, every=2),
+        "experts": Experts(4, 2, 24, every=2),
         "tied_embeddings": False,
     },
 }
@@ -277,6 +277,10 @@ REFUSED: dict[str, tuple[Callable[[], Decoder], str]] = {
     "more key heads than their queries": (lambda: widen(source(), heads=12, kv_heads=8), "unequal numbers of queries"),
     "experts of experts": (lambda: upcycle(upcycle(source(), MIX), MIX), "already"),
     "experts of a llama": (lambda: upcycle(source(family="llama", qk_norm=False), MIX), "QK-norm"),
+    "experts of which only the upper could have a window": (
+        lambda: upcycle(source(sliding_window=7, sliding_from_layer=2), MIX),
+        "layers have a window",
+    ),
     "experts of another size": (lambda: upcycle(source(), Experts(4, 2, 40)), "40 units .* has 80"),
     "weights that do not sum to 1": (lambda: upcycle(source(), Experts(4, 2, 80, normalise=False)), "sum to 1"),
 }
