@@ -89,7 +89,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
         _compile(model)
     optimiser = MasterWeights(model, recipe.optimiser)
     with world.together():  # nobody writes before all have looked
-        start, tokens = _start(stage, out, resume, facts, machine, optimiser)
+        start, tokens = _start(stage, out, resume, facts, machine, optimiser, silent=not world.main)
     resolved = recipe.model_dump(mode="json")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     metrics: MetricsLog | None = None
@@ -238,6 +238,8 @@ def _start(
     facts: dict[str, Any],
     machine: dict[str, Any],
     optimiser: MasterWeights,
+    *,
+    silent: bool,
 ) -> tuple[int, int]:
     """Steps and tokens that are done already."""
     if not resume:
@@ -246,7 +248,7 @@ def _start(
                 f"{out} already holds a run.", hint="Continue it with --resume, or choose another --out."
             )
         return 0, 0
-    found = load_checkpoint(out, facts, machine)
+    found = load_checkpoint(out, facts, machine, silent=silent)
     if found is None:
         return 0, 0
     step, tensors = found
