@@ -24,7 +24,8 @@ from gale.data.source_files import FileKind, SourceFile
 _READ = 2**20
 _PARQUET_ROWS = 256
 # YAML between two lines of dashes, as static site generators have it: about the page, not of it.
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t]+.*\n|- .*\n|\n)*?---[ \t]*\n")
+# Each line can be read in one way only: with two, a page without the closing dashes would take for ever.
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t].*\n|- .*\n|\n)*?---[ \t]*\n")
 
 OnRead = Callable[[int], None]
 
