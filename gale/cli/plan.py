@@ -28,7 +28,7 @@ def plan(
     active: Annotated[
         float | None, typer.Option(help="Parameters that work on a token, in a mixture of experts.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers, beside --parameters.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=100_000, help="Layers, beside --parameters.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width, beside --parameters.")] = None,
     vocabulary: Annotated[int, typer.Option(help="Tokens known, where the model does not say.")] = 32_000,
     tokens: Annotated[
@@ -66,7 +66,7 @@ def plan(
             )
         return
     _check(
-        {"--parameters": parameters, "--active": active, "--layers": layers, "--hidden": hidden}
+        {"--parameters": parameters, "--active": active, "--hidden": hidden}
         | {"--vocabulary": vocabulary, "--tokens": tokens, "--sequence": sequence, "--batch-tokens": batch_tokens}
         | {"--devices": devices, "--pue": pue, "--watts": watts},
         {"--price": price, "--electricity": electricity},

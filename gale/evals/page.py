@@ -142,7 +142,8 @@ def _plot(rows: list[dict[str, Any]], label: str, most: float) -> str:
     from matplotlib.figure import Figure
 
     # Fixed salt and no date, so that the same report draws the same file.
-    with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none"}):
+    style: dict[Any, Any] = {"svg.hashsalt": "gale", "svg.fonttype": "none", "text.parse_math": False}
+    with rc_context(style):
         figure = Figure(figsize=(8, 0.8 + 0.32 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         places = range(len(rows))

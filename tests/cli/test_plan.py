@@ -105,7 +105,7 @@ def test_the_two_languages_show_the_same_commands() -> None:
         ("--parameters", "inf"),
         ("--parameters", "1e30"),
         ("--tokens", "inf"),
-        ("--layers", "-3"),
+        ("--hidden", "-3"),
         ("--vocabulary", "0"),
         ("--watts", "-5"),
         ("--price", "nan"),
@@ -117,3 +117,4 @@ def test_figures_that_no_run_has_are_named(gale: Gale, option: str, value: str) 
     code, _, errors = gale("plan", "--parameters", "7e9", option, value)
     assert code == 1
     assert option in errors
+    assert gale("plan", "--parameters", "7e9", "--layers", "1000000000000")[0] == 2
