@@ -158,6 +158,12 @@ def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
             raise
 
 
+def refuse_to_replace(out: Path, *sources: Path) -> None:
+    """Raise :class:`GaleError` where a folder that becomes ``out`` would replace what it is made from."""
+    if any(source.resolve().is_relative_to(out.resolve()) for source in sources):
+        raise GaleError(f"{out} holds what is being read and is not replaced.", hint="Choose another --out.")
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what writes of ``path`` left beside it when the process was killed in the middle of one.
 
