@@ -77,6 +77,8 @@ def grow(
     overrides: OverridesArgument = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
     only: Annotated[bool, typer.Option("--only", help="Write the grown model and stop, without training it.")] = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -94,7 +96,7 @@ def grow(
         grow_only(settings, folder / "model")
         typer.echo(f"Model written to {folder / 'model'}")
     else:
-        _report(run(settings, folder, resume=resume), folder)
+        _report(_run(run, settings, folder, resume, ray, workers), folder)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from gale.train.model_folder import check_fits, export_decoder
 from gale.train.next_token import next_token
 from gale.train.parallel import World, joined
 from gale.train.recipe import GrowRecipe, Growth
+from gale.train.samples import decoder_samples
 from gale.train.stage import Stage
 
 GROWTH = "growth.json"
@@ -42,6 +43,7 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
     data = ready_data(recipe.data)
     manifest = read_manifest(data)
     check_fits(recipe.base, ModelConfig.load(recipe.base), data, recipe.row_tokens)
+    tokenizer = Tokenizer.load(data / "tokenizer")
     objective = next_token(recipe, data, loss_on="all", long="split")
     base = load_model(recipe.base, dtype=torch.float32)
     grown = grown_from(base, recipe.grow, recipe.seed)
@@ -55,7 +57,7 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
             tell(report)
 
         def export(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
-            export_decoder(model, Tokenizer.load(data / "tokenizer"), folder, dtype)
+            export_decoder(model, tokenizer, folder, dtype)
             files.write_json(folder / GROWTH, report)
 
         stage = Stage(
@@ -69,6 +71,7 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
             objective=objective,
             export=export,
             flops_per_token=grown.config.flops_per_token(recipe.row_tokens),
+            samples=decoder_samples(recipe, tokenizer, grown.config.context_length, chat=False),
         )
         del base, grown
         return run(stage, out, resume=resume)

@@ -21,7 +21,7 @@ from typing import Any
 
 from gale.core.errors import DataError
 from gale.core.model_folder import read_json
-from gale.train.metrics import METRICS, read_metrics
+from gale.train.run_log import read_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Curve:
 
 def read_curve(run: Path, cpu_seconds: float) -> Curve:
     """The curve of a finished run that took ``cpu_seconds`` of processor time to train. Raises :class:`DataError`."""
-    rows = [row for row in read_metrics(run / METRICS) if row.get("held_out")] if (run / METRICS).is_file() else []
+    rows = [row for row in read_run(run).rows if row.get("held_out")]
     summary = read_json(run / "summary.json")
     if not rows or "flops" not in summary:
         raise DataError(f"{run} holds no finished run with held-out losses.")
