@@ -190,7 +190,7 @@ def _by_block(blocks: list[_Block], key_heads: int, heads: int, *flat_PD: Tensor
 
 
 def _keys(x_MLD: Tensor, rows: int, block: _Block) -> Tensor:
-    """What a block of queries sees; where it is multiplied by, make it contiguous: a plain copy, a product's is slow."""
+    """What a block of queries sees; a product makes it contiguous slowly, so do that where it is multiplied by."""
     return x_MLD[:rows, block.first : block.high]
 
 

@@ -44,6 +44,7 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
     manifest = read_manifest(data)
     tokenizer = Tokenizer.load(data / "tokenizer")
     check_fits(recipe.base, ModelConfig.load(recipe.base), data, recipe.row_tokens)
+    tokenizer = Tokenizer.load(data / "tokenizer")
     objective = next_token(recipe, data, loss_on="all", long="split")
     base = load_model(recipe.base, dtype=torch.float32)
     grown = grown_from(base, recipe.grow, recipe.seed)

@@ -60,5 +60,6 @@ def test_a_curve_is_read_from_what_a_run_leaves(prepared: Path, tmp_path: Path) 
     assert curve.final == summary["final"]["held_out"]["english"]
     assert curve.total == Cost(summary["flops"], 8.0)
     assert curve.cost(0) == Cost(summary["flops"] / 2, 4.0)
-    with pytest.raises(DataError, match="holds no metrics"):
-        read_curve(tmp_path, cpu_seconds=1.0)
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises(DataError, match="no finished run"):
+        read_curve(tmp_path / "run", cpu_seconds=1.0)
