@@ -77,14 +77,20 @@ class Row:
 
 
 def read_rows(
-    file: SourceFile, *, columns: tuple[str, ...] | None = None, encoding: str = "utf-8", on_read: OnRead = _uncounted
+    file: SourceFile,
+    *,
+    columns: tuple[str, ...] | None = None,
+    optional: tuple[str, ...] = (),
+    encoding: str = "utf-8",
+    on_read: OnRead = _uncounted,
 ) -> Iterator[Row]:
-    """All rows of a file in order. ``columns`` are all that is needed of Parquet, ``on_read`` is told of bytes read.
+    """All rows of a file in order. ``columns`` are all that is needed of Parquet, with those of ``optional`` that it
+    has; ``on_read`` is told of bytes read.
 
     Raises :class:`DataError` for a file that is damaged as a whole.
     """
     if file.kind == "parquet":
-        yield from _parquet_rows(file.path, columns, on_read)
+        yield from _parquet_rows(file.path, columns, optional, on_read)
         return
     line = 0
     try:
@@ -123,26 +129,29 @@ def markdown_text(text: str) -> str:
     return _FRONT_MATTER.sub("", text.replace("\r\n", "\n"))
 
 
-def _parquet_rows(path: Path, columns: tuple[str, ...] | None, on_read: OnRead) -> Iterator[Row]:
+def _parquet_rows(
+    path: Path, columns: tuple[str, ...] | None, optional: tuple[str, ...], on_read: OnRead
+) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as table:
-            if missing := [name for name in columns or () if name not in table.schema_arrow.names]:
+            names = table.schema_arrow.names
+            if missing := [name for name in columns or () if name not in names]:
                 raise DataError(
                     f"{path} has no column {missing[0]!r}.",
-                    hint=f"It has {', '.join(table.schema_arrow.names)}; name the right one with `text_key` or "
-                    "`fields`.",
+                    hint=f"It has {', '.join(names)}; name the right one with `text_key` or `fields`.",
                 )
             per_row = path.stat().st_size / max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(_PARQUET_ROWS, columns=None if columns is None else list(columns)):
+            wanted = None if columns is None else [*columns, *(name for name in optional if name in names)]
+            for batch in table.iter_batches(_PARQUET_ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}, row {number}", "parquet", row)
                 on_read(round(per_row * batch.num_rows))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged after row {number}: {error}", hint="Copy or download the file again."
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from gale.core.errors import DataError
 from gale.data.readers import BrokenRowError, OnRead, Row, read_rows
-from gale.data.recipe import QuestionTemplates, Source
+from gale.data.recipe import FORMAT_KEYS, QuestionTemplates, Source
 from gale.data.source_files import find_files
 from gale.text.template import Message
 
@@ -116,14 +116,23 @@ def read_documents(
 
 def source_rows(source: Source, on_read: OnRead = lambda _: None) -> Iterator[Row]:
     """All rows of all files of a source. Raises :class:`DataError` for files that are missing or damaged."""
-    columns: tuple[str, ...] | None = None
-    if source.format == "text":
-        columns = ({**source.fields, "text": source.fields.get("text", source.text_key)}["text"].partition(".")[0],)
-        columns += (source.fields.get("source", "source").partition(".")[0],) if source.only else ()
+    columns, optional = _columns(source)
     for file in find_files(source.path, source.kind).files:
         if file.kind in ("text", "markdown", "html") and source.format != "text":
             raise DataError(f"{file.path} holds running text, not rows of the format {source.format!r}.")
-        yield from read_rows(file, columns=columns, encoding=source.encoding, on_read=on_read)
+        yield from read_rows(file, columns=columns, optional=optional, encoding=source.encoding, on_read=on_read)
+
+
+def _columns(source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns of a Parquet file that the format needs, and those that it may have; all others stay unread."""
+    keys = {"text": source.text_key, **source.fields}
+    needed = [name for name in FORMAT_KEYS[source.format] if name not in (*_MESSAGE_KEYS, *_OPTIONAL_KEYS)]
+    may_have = [name for name in FORMAT_KEYS[source.format] if name in _OPTIONAL_KEYS]
+    (needed if source.only else may_have).append("source")
+    columns, optional = (
+        tuple(dict.fromkeys(keys.get(name, name).partition(".")[0] for name in names)) for names in (needed, may_have)
+    )
+    return columns, tuple(name for name in (*optional, "tools") if name not in columns)
 
 
 def row_document(row: Row, source: Source, replace: Mapping[str, str]) -> Document | None:
