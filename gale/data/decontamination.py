@@ -90,7 +90,9 @@ def _texts(files: EvaluationFiles) -> Iterator[str]:
             except BrokenRowError as error:
                 raise DataError(f"{row.place}: {error}") from error
             if missing := [key for key in files.keys if key not in content]:
-                raise DataError(f"{row.place}: {missing[0]!r} is missing.", hint="Check `keys` of [[against]].")
+                raise DataError(
+                    f"{row.place}: {missing[0]!r} is missing.", hint="Check `keys` of [[decontamination.against]]."
+                )
             for key, value in content.items():
                 if not files.keys or key in files.keys:
                     yield from _strings(value)

@@ -200,6 +200,9 @@ class BatchWorker:
                 joined, cut = without_notices(joined)
                 if cut:
                     result.counts["notice_lines"] += cut
+                    if not joined:
+                        result.counts["empty"] += 1
+                        return None
                     document, units = Document(text=joined), TextUnits(joined)
             if reason := next(broken_rules(joined, units, language, recipe.quality), None):
                 result.drop(reason, place, joined)

@@ -27,7 +27,7 @@ from gale.data.recipe import DataRecipe
 from gale.data.report import write_report
 from gale.data.shards import MANIFEST, ShardWriter
 from gale.data.shards import fingerprint as shards_fingerprint
-from gale.data.source_files import FoundFiles, find_files, is_pattern
+from gale.data.source_files import FoundFiles, find_files, missing_paths
 from gale.data.source_report import SourceReport
 from gale.data.sources import BrokenRows, Document, question_documents, source_rows
 from gale.data.tokenizer_training import ready_tokenizer
@@ -269,9 +269,6 @@ class _Progress:
 
 def _found_files(recipe: DataRecipe) -> list[FoundFiles]:
     """The files of every source. Raises :class:`DataError` naming all paths that lead nowhere."""
-    missing = [
-        str(source.path) for source in recipe.sources if not source.path.exists() and not is_pattern(source.path)
-    ]
-    if missing:
+    if missing := missing_paths(source.path for source in recipe.sources):
         raise DataError(f"These data files do not exist: {', '.join(missing)}", hint="Check the paths in the recipe.")
     return [find_files(source.path, source.kind) for source in recipe.sources]

@@ -22,9 +22,12 @@ from gale.core.errors import DataError
 from gale.data.source_files import FileKind, SourceFile
 
 _READ = 2**20
+_ZSTD_READ = 2**12  # three bytes can stand for 128 KiB, and all that one call unpacks is held at once
+_MOST_BYTES = 2**30  # of a line, or of a file that is one document
 _PARQUET_ROWS = 256
 # YAML between two lines of dashes, as static site generators have it: about the page, not of it.
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t]+.*\n|- .*\n|\n)*?---[ \t]*\n")
+# Each line can be read in one way only: with two, a page without the closing dashes would take for ever.
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t].*\n|- .*\n|\n)*?---[ \t]*\n")
 
 OnRead = Callable[[int], None]
 
@@ -54,7 +57,7 @@ class Row:
         if self.kind in ("text", "markdown"):
             try:
                 text = self.content.decode(self.encoding).removeprefix("\ufeff")
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:
                 raise BrokenRowError(f"{error} (another `encoding`, such as gb18030?)") from error
             return {"text": markdown_text(text) if self.kind == "markdown" else text}
         try:
@@ -86,11 +89,14 @@ def read_rows(
     line = 0
     try:
         if file.kind == "jsonl":
-            for line, raw in enumerate(_lines(_chunks(file.path, on_read)), start=1):
+            for line, raw in enumerate(_lines(file.path, _chunks(file.path, on_read)), start=1):
                 if raw.strip():
                     yield Row(f"{file.path}, line {line}", file.kind, raw)
         else:
-            yield Row(str(file.path), file.kind, b"".join(_chunks(file.path, on_read)), encoding)
+            document = _Pieces(file.path)
+            for chunk in _chunks(file.path, on_read):
+                document.add(chunk)
+            yield Row(str(file.path), file.kind, document.take(), encoding)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         after = f" after line {line}" if file.kind == "jsonl" else ""
         raise DataError(f"{file.path} is damaged{after}: {error}", hint="Copy or download the file again.") from error
@@ -145,10 +151,11 @@ def _parquet_rows(path: Path, columns: tuple[str, ...] | None, on_read: OnRead) 
 def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
     """Content of a plain, gzip or zstd file, unpacked."""
     with path.open("rb") as file:
-        if path.suffix == ".zst":
-            yield from _zstd_chunks(iter(lambda: file.read(_READ), b""), on_read)
+        packing = path.suffix.lower()
+        if packing == ".zst":
+            yield from _zstd_chunks(iter(lambda: file.read(_ZSTD_READ), b""), on_read)
             return
-        unpacked = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        unpacked = gzip.GzipFile(fileobj=file) if packing == ".gz" else file
         done = 0
         while chunk := unpacked.read(_READ):
             on_read(file.tell() - done)
@@ -171,10 +178,38 @@ def _zstd_chunks(packed_chunks: Iterator[bytes], on_read: OnRead) -> Iterator[by
         raise EOFError("the last frame is cut short")
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    pending = b""
+class _Pieces:
+    """Pieces of one line or document; a packed file of kilobytes can hold one that no memory does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def add(self, piece: bytes) -> None:
+        """Append a piece. Raises :class:`DataError` where it is one too many."""
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > _MOST_BYTES:
+            raise DataError(
+                f"{self._path} holds a document of more than {_MOST_BYTES:,} bytes.",
+                hint="Cut it into documents, such as one a line of a JSON lines file.",
+            )
+
+    def take(self) -> bytes:
+        """All pieces in one, which are then forgotten."""
+        whole = b"".join(self._pieces)
+        self._pieces, self._size = [], 0
+        return whole
+
+
+def _lines(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    pending = _Pieces(path)
     for chunk in chunks:
-        *lines, pending = (pending + chunk).split(b"\n")
-        yield from lines
-    if pending:
-        yield pending
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            pending.add(line)
+            yield pending.take()
+        pending.add(rest)
+    if last := pending.take():
+        yield last

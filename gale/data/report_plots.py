@@ -25,7 +25,9 @@ def draw(sources: Sequence[Mapping[str, Any]], reasons: Counter[str], languages:
     if languages:
         tall.append(0.6 + 0.24 * min(_BARS, len(languages)))
     # Fixed salt and no date, so that the same numbers draw the same picture.
-    with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}):
+    style: dict[Any, Any] = {"svg.hashsalt": "gale", "svg.fonttype": "none", "font.size": 9}
+    style |= {"font.family": "sans-serif", "text.parse_math": False}  # a file may be called $5_and_$6
+    with rc_context(style):
         figure = Figure(figsize=(11, sum(tall) + 0.5), layout="constrained")
         axes = figure.subplots(len(tall), 2, squeeze=False, height_ratios=tall)
         _before_and_after(axes[0, 0], shown, "read", "kept", 1, "documents")

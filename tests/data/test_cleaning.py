@@ -187,6 +187,28 @@ def test_the_report_is_one_page_with_the_manifests_numbers(recipe: dict[str, Any
         assert word in page
 
 
+def test_file_names_of_any_kind_cost_no_report(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Names from old archives are not UTF-8, and two dollar signs are no formula."""
+    folder = tmp_path / "$x_{$"
+    folder.mkdir()
+    for name, text in ((b"caf\xe9.txt", MENU), (b"<script>.txt", ENGLISH)):
+        (folder / os.fsdecode(name)).write_text(text)
+    manifest = run({**recipe, "sources": [source(folder)]}, tmp_path / "out")
+    assert manifest["sources"][0]["kept"] == 1
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "$x_{$" in re.sub(r"<svg.*</svg>", "", page, flags=re.DOTALL)
+    assert "<script>" not in page
+    assert "caf?.txt" in (tmp_path / "out" / "dropped.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_page_of_nothing_but_notices_is_empty(recipe: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": "This site uses cookies.\nPlease enable JavaScript."}, {"text": ENGLISH}]
+    write_jsonl(tmp_path / "pages.jsonl", rows)
+    quality = {"min_words": 0, "min_characters": 0}
+    manifest = run({**recipe, "quality": quality, "sources": [source(tmp_path / "pages.jsonl")]}, tmp_path / "out")
+    assert [manifest["sources"][0][key] for key in ("empty", "kept")] == [1, 1]
+
+
 def test_weights_are_shares_of_the_training_tokens(many: dict[str, Any], tmp_path: Path) -> None:
     manifest = run(many, tmp_path / "out")
     _, first, second = manifest["sources"]

@@ -102,8 +102,11 @@ def test_a_text_in_another_encoding_is_broken_until_the_recipe_names_it(tmp_path
     with pytest.raises(DataError, match=r"a\.txt: .*utf-8.*gb18030"):
         read(tmp_path / "a.txt")
     assert texts(tmp_path / "a.txt", encoding="gb18030") == ["白鹭站在浅水里。"]
-    with pytest.raises(ValidationError, match="unknown encoding"):
-        make(tmp_path / "a.txt", encoding="klingon")
+    for encoding, says in (("klingon", "unknown encoding"), ("rot13", "not a text encoding")):
+        with pytest.raises(ValidationError, match=says):
+            make(tmp_path / "a.txt", encoding=encoding)
+    with pytest.raises(DataError, match=r"a\.txt: .*undefined"):
+        read(tmp_path / "a.txt", encoding="undefined")
 
 
 def test_a_folder_and_a_pattern_are_read_in_sorted_order(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gale.core.errors import ModelError
+from gale.core.errors import GaleError, ModelError
 from gale.model.adapter_folder import load_adapter, merge_adapter, open_with_adapter, save_adapter
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model, save_model
@@ -200,6 +200,18 @@ def test_a_merged_folder_is_a_whole_model(base: Path, tmp_path: Path) -> None:
     assert "gale train merge" in str(caught.value.hint)
 
 
+def test_merging_replaces_neither_the_base_nor_the_adapter(base: Path, tmp_path: Path) -> None:
+    model = load_model(base, dtype=torch.float32)
+    add_lora(model, SHAPE, seed=1)
+    adapter = base / "adapter"
+    save_adapter(model, adapter, base=base, dtype=torch.float32)
+    for out in (base, adapter):
+        with pytest.raises(GaleError, match="is not replaced"):
+            merge_adapter(adapter, base, out)
+    assert (base / "model.safetensors").is_file()
+    merge_adapter(adapter, base, tmp_path / "merged")
+
+
 def test_an_adapter_for_another_base_is_refused(base: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = load_model(base, dtype=torch.float32)
     add_lora(model, SHAPE, seed=1)
@@ -230,6 +242,11 @@ def test_an_adapter_for_another_base_is_refused(base: Path, tokenizer: Tokenizer
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"r": "many"}, "damaged"),
+        ({"r": 10**12}, "damaged"),
+        ({"r": 0}, "damaged"),
+        ({"lora_alpha": float("inf")}, "damaged"),
+        ({"lora_dropout": 5}, "damaged"),
+        ({"modules_to_save": 3}, "wrong kind"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_name(
