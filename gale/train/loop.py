@@ -71,7 +71,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
     # What must be the same for a resumed run to be the same run. Where files lie may change, what they hold may not.
     facts = {
         "stage": stage.name,
-        "recipe": recipe.model_dump(mode="json", exclude=set(recipe.may_change)),
+        "recipe": recipe.unchangeable(),
         "dtype": str(compute.dtype).removeprefix("torch."),
         **stage.facts,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -102,6 +102,14 @@ class StageRecipe(Recipe):
     tensorboard: bool = Field(default=False, description="Also write event files for TensorBoard.")
     export: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of the finished model.")
 
+    def unchangeable(self) -> dict[str, Any]:
+        """The recipe as plain data without the keys that a resumed run may change."""
+        content = self.model_dump(mode="json")
+        for key in self.may_change:
+            table, _, name = key.rpartition(".")
+            (content if not table else content.get(table) or {}).pop(name, None)
+        return content
+
     @model_validator(mode="after")
     def _micro_divides(self) -> StageRecipe:
         if self.batch_rows % self.micro_rows:
@@ -151,6 +159,8 @@ class Lora(Recipe):
 
 class TuningRecipe(StageRecipe):
     """What stages have in common that start from a model: all of it is trained, or adapters beside it."""
+
+    may_change: ClassVar[frozenset[str]] = StageRecipe.may_change | {"lora.adapter"}
 
     base: Path = Field(description="Model folder to start from.")
     lora: Lora | None = Field(default=None, description="Train adapters instead of the whole model.")

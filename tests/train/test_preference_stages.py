@@ -289,6 +289,8 @@ def test_training_goes_on_from_an_adapter_of_this_base_only(
     onward = {"lora": {"adapter": adapter}, "steps": 1}
     sft(recipe(SftRecipe, prepared, base, **onward), tmp_path / "onward")
     assert metrics(tmp_path / "onward")[0]["loss"] < metrics(tmp_path / "run")[0]["loss"]
+    moved = {"lora": {"adapter": shutil.copytree(adapter, tmp_path / "moved")}, "steps": 1}
+    assert sft(recipe(SftRecipe, prepared, base, **moved), tmp_path / "onward", resume=True)["final"]["step"] == 1
     with pytest.raises(ValueError, match="leave out rank"):
         recipe(SftRecipe, prepared, base, lora={"adapter": adapter, "rank": 3})
     other = save_base(tokenizer, tmp_path / "other", norm_eps=1e-5, layers=3)
