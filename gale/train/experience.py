@@ -99,10 +99,8 @@ def gather_experience(
             values_A = _in_pieces(answers, recipe.micro_rows, lambda batch: answer_values(critic, batch))
     actor.train()
 
-    gap_A = (logprobs_A - reference_A).cpu()
+    gap_RT = _by_answer(logprobs_A - reference_A, lengths_R)
     engine_A = torch.tensor([logprob for answer in answers for logprob in answer.logprobs])
-    gap_RT = _by_answer(gap_A, lengths_R)
-    price = recipe.kl_coefficient if recipe.kl_in_reward else 0.0
     figures = {
         "reward": float(judged_R.mean()),
         "reward_std": float(judged_R.std(correction=0)),
@@ -115,11 +113,12 @@ def gather_experience(
     if gold is not None:
         figures["gold"] = float(np.mean(gold(prompts, answers)))
 
-    returns_A = None
+    # What each token is worth.
+    price = recipe.kl_coefficient if recipe.kl_in_reward else 0.0
+    kept_R, returns_A = torch.ones(len(answers), dtype=torch.bool), None
     if values_A is None:
-        paid_R = judged_R - price * gap_RT.sum(1)
         advantages_R, kept_R = group_advantages(
-            paid_R,
+            judged_R - price * gap_RT.sum(1),
             recipe.answers_per_prompt,
             by_deviation=recipe.normalise_by_deviation,
             least_spread=recipe.least_spread,
@@ -127,17 +126,14 @@ def gather_experience(
         advantages_A = advantages_R.repeat_interleave(lengths_R)
         figures["dropped_groups"] = 1 - float(kept_R.double().mean())
     else:
-        kept_R = torch.ones(len(answers), dtype=torch.bool)
-        rewards_RT = -price * gap_RT
+        rewards_RT, values_RT = -price * gap_RT, _by_answer(values_A, lengths_R)
         rewards_RT[torch.arange(len(answers)), lengths_R - 1] += judged_R
-        values_RT = _by_answer(values_A.cpu(), lengths_R)
         advantages_RT = generalised_advantages(
             rewards_RT, values_RT, lengths_R, gamma=recipe.gamma, decay=recipe.gae_decay
         )
         valid_RT = torch.arange(advantages_RT.shape[1]) < lengths_R[:, None]
-        advantages_A = advantages_RT[valid_RT]
-        returns_A = (advantages_A + values_A.cpu()).to(values_A.device)
-        advantages_A = whitened(advantages_A)
+        returns_A = advantages_RT[valid_RT].to(values_A.device) + values_A
+        advantages_A = whitened(advantages_RT[valid_RT])
     return Experience(
         prompts=prompts,
         answers=answers,
@@ -166,5 +162,5 @@ def _by_answer(values_A: Tensor, lengths_R: Tensor) -> Tensor:
     """[A] to [R, T], in fp64, with zeros after each answer's end."""
     valid_RT = torch.arange(int(lengths_R.max())) < lengths_R[:, None]
     values_RT = torch.zeros(valid_RT.shape, dtype=torch.float64)
-    values_RT[valid_RT] = values_A.double()
+    values_RT[valid_RT] = values_A.double().cpu()
     return values_RT

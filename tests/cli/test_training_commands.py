@@ -104,6 +104,7 @@ def test_square_brackets_in_a_message_survive(gale: Gale, tmp_path: Path) -> Non
         ("data prepare", "builtin/sft-data.toml"),
         ("train sft", "builtin/sft.toml"),
         ("train pretrain", "smoke.toml"),
+        ("train rl", "smoke-rl.toml"),
         ("data prepare", "smoke/data.toml"),
         ("train tokenizer", "smoke/tokenizer.toml"),
     ],
