@@ -113,7 +113,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
             row: dict[str, Any] = {"step": step + 1, **objective.begin_step(model, step)}
 
             # Compute: the gradient of the mean loss over all items of the step, one micro-batch at a time.
-            sums: dict[str, float] = {"loss": 0.0, "items": 0.0, "tokens": 0.0}
+            sums: dict[str, float] = {"loss": 0.0, "items": 0.0, "tokens": 0.0, "broken": 0.0}
             broken: str | None = None
             for index in range(world.rank, micro_batches, world.size):
                 first = step * recipe.batch_rows + index * recipe.micro_rows
@@ -124,26 +124,29 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                 value = float(loss.total.detach())
                 if broken is None and not math.isfinite(value):
                     broken = f"loss {value} on {objective.describe(first, recipe.micro_rows)}"
+                    sums["broken"] = 1.0
                 for name, part in {"loss": value, "items": loss.items, "tokens": loss.tokens, **loss.sums}.items():
                     sums[name] = sums.get(name, 0.0) + part
             sums = dict(zip(sums, world.sum(list(sums.values())), strict=True))
-            items, step_tokens = max(1.0, sums.pop("items")), int(sums.pop("tokens"))
+            items, step_tokens, is_broken = max(1.0, sums.pop("items")), int(sums.pop("tokens")), sums.pop("broken") > 0
 
             # Step, unless the weights would be lost by it; the last checkpoint is then still sound.
             rate = learning_rate(recipe.optimiser, step, recipe.steps)
             # Sharded gradients arrive averaged over the processes.
             norm, taken = optimiser.step(rate, gradient_scale=world.size / items)
-            if broken is None and not math.isfinite(norm):
+            if not is_broken and not math.isfinite(norm):
                 rows = objective.describe(step * recipe.batch_rows, recipe.batch_rows)
-                broken = f"gradient norm {norm} on {rows}"
-            with world.together():
-                if broken:
-                    raise GaleError(f"Training broke down at step {step + 1}: {broken}.", hint=_BROKEN_HINT)
+                broken, is_broken = f"gradient norm {norm} on {rows}", True
+            if is_broken:
+                with world.together():
+                    if broken:
+                        raise GaleError(f"Training broke down at step {step + 1}: {broken}.", hint=_BROKEN_HINT)
 
             # Log.
             done = step + 1
             tokens += step_tokens
             seconds = time.perf_counter() - began
+            [cpu_seconds] = world.sum([time.process_time() - began_cpu])
             row |= {"tokens": tokens}
             row |= {name: total / items for name, total in sums.items()}
             row |= {
@@ -151,7 +154,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                 "gradient_norm": norm,
                 "tokens_per_second": round(step_tokens / seconds, 1),
                 "seconds": round(seconds, 4),
-                "cpu_seconds": round(time.process_time() - began_cpu, 4),
+                "cpu_seconds": round(cpu_seconds, 4),
             }
             if not taken:
                 row["skipped"] = 1
