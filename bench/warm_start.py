@@ -35,6 +35,7 @@ import os
 import platform
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -108,6 +109,8 @@ class Bench:
         self.edition, self.work, self.data, self.pool = edition, work, data, pool
         self.began = time.perf_counter()
         self.runs = 0
+        self.started: dict[Path, Future[Done]] = {}
+        self.lock = threading.Lock()
 
     def shape(self, name: str | None = None) -> dict[str, Any]:
         """The table ``model`` of the source, or of a larger shape."""
@@ -163,7 +166,10 @@ class Bench:
         }
         key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
         folder = self.work / f"{name.replace(' ', '-')}-seed{seed}-{steps}steps-{rate}-{key}"
-        future: Future[Done] = Future()
+        with self.lock:  # arms of one shape share the source that is trained on beside them
+            if folder in self.started:
+                return self.started[folder]
+            future = self.started[folder] = Future()
 
         def report(inner: Future[tuple[Curve, bool]]) -> None:
             if error := inner.exception():
