@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import gale
 from gale.core.errors import ModelError
 from gale.model.attention import PackedAttention
+from gale.model.checkpoint import load_model
 from gale.model.config import Experts, ModelConfig
 from gale.model.grow import deepen, logit_difference, upcycle, widen
 from gale.model.transformer import Decoder
@@ -264,6 +267,14 @@ def test_exactly_the_stated_share_of_each_experts_units_is_redrawn_with_their_st
     if share < 1:
         assert not torch.equal(chosen[0], chosen[1])
     assert logit_difference(model, grown)[0] > 0.1  # not function-preserving, and nobody says so
+
+
+def test_a_trained_model_grows_within_rounding() -> None:
+    model = load_model(Path(gale.__file__).parent / "registry/builtin/gale-0", dtype=torch.float32)
+    sizes = {"hidden_size": 512, "intermediate_size": 1280, "heads": 8, "kv_heads": 4}
+    for grown in (deepen(model, 8), widen(model, **sizes), upcycle(model, Experts(4, 2, 640))):
+        difference, largest = logit_difference(model, grown)
+        assert difference < 5e-6 * largest
 
 
 REFUSED: dict[str, tuple[Callable[[], Decoder], str]] = {
