@@ -30,12 +30,14 @@ class Document:
     """Running text, or a conversation.
 
     With ``rejected`` the conversation's last answer is the better of two. ``last_only`` trains the last answer alone.
+    ``alternatives`` are further answers as right as the last one: an evaluation takes them, nothing is trained on them.
     """
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
     rejected: str | None = None
     last_only: bool = False
+    alternatives: tuple[str, ...] = ()
 
     def map(self, change: Callable[[str], str]) -> Document:
         """The document with every text changed."""
@@ -43,7 +45,8 @@ class Document:
             return Document(text=change(self.text))
         messages = tuple(Message(role=m["role"], content=change(m["content"])) for m in self.messages)
         rejected = None if self.rejected is None else change(self.rejected)
-        return replace(self, messages=messages, rejected=rejected)
+        alternatives = tuple(map(change, self.alternatives))
+        return replace(self, messages=messages, rejected=rejected, alternatives=alternatives)
 
     def halves(self) -> tuple[Document, ...]:
         """The conversation with the preferred and the one with the rejected answer; any other document is itself."""
@@ -282,9 +285,17 @@ def _question_document(
     start = row["answers"][0]["start"]
     # Where the answer is no span of the passage, the whole passage may be needed to find it.
     context = own_context if start < 0 else _window(own_context, start, start + len(answer), limit)
+    others = (_text(other, "text").strip() for other in row["answers"][1:])
+    first, *alternatives = dict.fromkeys(_sentence(text) for text in (answer, *others) if text)
+    asked = _exchange(prompt.format(context=context, question=question), first)
+    return replace(asked, alternatives=tuple(alternatives))
+
+
+def _sentence(answer: str) -> str:
+    """A span of a passage as a reply: with a capital and a full stop."""
     ending = "。" if re.search(r"[\u4e00-\u9fff]", answer) else "."
     answer = answer if answer[-1] in "。.!?！？" else answer + ending
-    return _exchange(prompt.format(context=context, question=question), answer[0].upper() + answer[1:])
+    return answer[0].upper() + answer[1:]
 
 
 def _exchange(question: str, answer: str) -> Document:

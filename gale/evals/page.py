@@ -30,6 +30,8 @@ _LEGEND = (
     "Lower is better for bits per byte, higher for all others."
 )
 
+_NAMES = {"f1": "F1"}  # figures whose names are more than their keys
+
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
@@ -40,7 +42,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     for name, scores in report["reading"].items():
         lines += ["", f"## {name}", ""]
         lines += [
-            f"- {key.replace('_', ' ')}: {value}"
+            f"- {_NAMES.get(key, key.replace('_', ' '))}: {value}"
             for key, value in scores.items()
             if key != "samples" and value is not None
         ]

@@ -107,7 +107,7 @@ async def _by_engine(
                     max_tokens=recipe.max_answer_tokens,
                     seed=recipe.seed,
                 )
-                reading[source.split] = {**score(given), "samples": [asdict(answer) for answer in given[:8]]}
+                reading[source.split] = {**score(given), "samples": [answer.as_dict() for answer in given[:8]]}
                 scores += answer_scores(source.split, given)
         for task in recipe.tasks:
             match task:
