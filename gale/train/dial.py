@@ -186,7 +186,7 @@ def dial_recipe(content: dict[str, Any], data: Path, *, depth: int | None, flops
     if isinstance(model := content.get("model"), dict) and model.get("experts"):
         raise GaleError(
             "The dial derives dense models only, and this recipe has experts.",
-            hint="Write the recipe out, or train a dense model by the dial and grow it into a mixture: `gale train grow`.",
+            hint="Write the recipe out, or train a dense model by the dial and grow it: `gale train grow`.",
         )
     vocabulary = vocabulary_of(data)
     if vocabulary is None and prepare:
