@@ -9,6 +9,7 @@ from rich.markup import escape
 
 import gale
 from gale.cli import chat, data, eval, model, plan, serve, train
+from gale.cli.terminal import printable
 from gale.core.errors import GaleError
 from gale.core.logging import configure_logging
 from gale.core.progress import console
@@ -49,9 +50,10 @@ def main() -> None:
         configure_logging(settings().log_level)
         app()
     except GaleError as error:
-        console.print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True)
+        # Messages quote files, which come from anywhere.
+        console.print(f"[bold red]Error:[/] {escape(printable(error.message))}", soft_wrap=True)
         if error.hint:
-            console.print(f"[bold]Hint:[/] {escape(error.hint)}", soft_wrap=True)
+            console.print(f"[bold]Hint:[/] {escape(printable(error.hint))}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

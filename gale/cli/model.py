@@ -49,8 +49,10 @@ def list_() -> None:
             continue
         size = f"{model.size / 1e6:,.1f} MB"
         typer.echo(
-            f"{name:24} {model.parameters:15,} {model.config.context_length:9,} {model.dtype:>8} {size:>12}  "
-            + printable(model.licence or "-")
+            printable(
+                f"{name:24} {model.parameters:15,} {model.config.context_length:9,} {model.dtype:>8} {size:>12}  "
+                f"{model.licence or '-'}"
+            )
         )
 
 
@@ -71,7 +73,7 @@ def show(
         typer.echo(printable(f"{name + ':':14} {value}"))
     sums = checksums(folder)
     for name, digest in sums.items():
-        typer.echo(f"sha256:        {digest}  {name}")
+        typer.echo(printable(f"sha256:        {digest}  {name}"))
     if verify:
         if not sums:
             raise GaleError(f"{folder} has no {CHECKSUMS}.", hint="`gale model import` writes it.")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gale.train.plan_model import PlannedModel
 
 _GIB = 2**30
+_MOST = 1e18  # of anything
 
 
 def plan(
@@ -27,7 +28,7 @@ def plan(
     active: Annotated[
         float | None, typer.Option(help="Parameters that work on a token, in a mixture of experts.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers, beside --parameters.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=100_000, help="Layers, beside --parameters.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width, beside --parameters.")] = None,
     vocabulary: Annotated[int, typer.Option(help="Tokens known, where the model does not say.")] = 32_000,
     tokens: Annotated[
@@ -64,6 +65,12 @@ def plan(
                 f"{known.watts:5.0f} W  {known.utilisation:.0%} ({known.utilisation_reason})  {rent}"
             )
         return
+    _check(
+        {"--parameters": parameters, "--active": active, "--hidden": hidden}
+        | {"--vocabulary": vocabulary, "--tokens": tokens, "--sequence": sequence, "--batch-tokens": batch_tokens}
+        | {"--devices": devices, "--pue": pue, "--watts": watts},
+        {"--price": price, "--electricity": electricity},
+    )
     planned, given_tokens, given_sequence, given_batch = _model(
         model, parameters, active, layers, hidden, vocabulary, tokens
     )
@@ -86,6 +93,14 @@ def plan(
         typer.echo(json.dumps(result.as_data(), ensure_ascii=False, indent=2))
     else:
         _print(result)
+
+
+def _check(positive: dict[str, float | None], at_least_zero: dict[str, float | None]) -> None:
+    """Refuse figures that no run has; those beyond :data:`_MOST` would also take for ever to lay out."""
+    wrong = [name for name, value in positive.items() if value is not None and not 0 < value <= _MOST]
+    wrong += [name for name, value in at_least_zero.items() if value is not None and not 0 <= value <= _MOST]
+    if wrong:
+        raise GaleError(f"No run has such figures: {', '.join(wrong)}.", hint="See gale plan -h.")
 
 
 def _model(

@@ -14,8 +14,13 @@ _PASTE_PAUSE = 0.05
 
 
 def printable(text: str) -> str:
-    """``text`` without control characters, so that no model can write escape sequences to a terminal."""
-    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in _DIRECTIONS))
+    """``text`` without control characters, so that no model can write escape sequences to a terminal.
+
+    Nor half characters, which no output can write.
+    """
+    return "".join(
+        c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _DIRECTIONS)
+    )
 
 
 def read_message(prompt: str) -> str:

@@ -23,6 +23,8 @@ from gale.cli.options import (
 from gale.core import files
 from gale.core.recipe import Completion, Recipe
 
+Train = Callable[..., dict[str, Any]]
+
 app = typer.Typer(help="Train a tokenizer or a model.", no_args_is_help=True)
 
 
@@ -77,6 +79,8 @@ def grow(
     overrides: OverridesArgument = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = 1,
     only: Annotated[bool, typer.Option("--only", help="Write the grown model and stop, without training it.")] = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -94,40 +98,120 @@ def grow(
         grow_only(settings, folder / "model")
         typer.echo(f"Model written to {folder / 'model'}")
     else:
-        _report(run(settings, folder, resume=resume), folder)
+        _report(_run(run, settings, folder, resume, ray, workers), folder)
+
+
+# What trains, and the recipe that it takes; asked for when the command runs, since torch is slow to start.
+Stage = Callable[[], tuple[Train, type[Recipe]]]
+
+
+def _stage(*, unit: str = "nats per token") -> Callable[[Stage], Stage]:
+    """Register a stage that has the options of all, under the name and with the help of the function that finds it."""
+
+    def register(stage: Stage) -> Stage:
+        @app.command(stage.__name__, help=stage.__doc__)
+        def command(
+            recipe: RecipeArgument,
+            overrides: OverridesArgument = None,
+            out: OutOption = None,
+            resume: ResumeOption = False,
+            ray: RayOption = None,
+            workers: WorkersOption = 1,
+            dry_run: DryRunOption = False,
+        ) -> None:
+            train, kind = stage()
+            settings = read_recipe(recipe, kind, overrides, dry_run)
+            folder = output_folder(out, stage.__name__, resume=resume)
+            _report(_run(train, settings, folder, resume, ray, workers), folder, unit=unit)
+
+        return stage
+
+    return register
+
+
+@_stage()
+def sft() -> tuple[Train, type[Recipe]]:
+    """Fine-tune a base model on conversations, with the loss on the assistant's tokens only."""
+    from gale.train.recipe import SftRecipe
+    from gale.train.sft import sft as train
+
+    return train, SftRecipe
+
+
+@_stage(unit="nats per pair")
+def reward() -> tuple[Train, type[Recipe]]:
+    """Train a model that scores answers, from pairs of which people preferred one."""
+    from gale.train.recipe import RewardRecipe
+    from gale.train.reward import reward as train
+
+    return train, RewardRecipe
+
+
+@_stage(unit="per pair")
+def dpo() -> tuple[Train, type[Recipe]]:
+    """Train a chat model on preferences directly (DPO), without a reward model."""
+    from gale.train.dpo import dpo as train
+    from gale.train.recipe import DpoRecipe
+
+    return train, DpoRecipe
 
 
 @app.command()
-def sft(
+def rl(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     out: OutOption = None,
     resume: ResumeOption = False,
-    ray: RayOption = None,
-    workers: WorkersOption = 1,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Fine-tune a base model on conversations, with the loss on the assistant's tokens only."""
-    from gale.train.recipe import SftRecipe
-    from gale.train.sft import sft as run
+    """Let a model learn from its own answers (GRPO or PPO), judged by a reward model or by a program."""
+    from gale.train.rl import rl as run
+    from gale.train.rl_recipe import RlRecipe
 
-    settings = read_recipe(recipe, SftRecipe, overrides, dry_run)
-    folder = output_folder(out, "sft", resume=resume)
-    _report(_run(run, settings, folder, resume, ray, workers), folder)
+    settings = read_recipe(recipe, RlRecipe, overrides, dry_run)
+    folder = output_folder(out, settings.algorithm, resume=resume)
+    final = run(settings, folder, resume=resume)["final"]
+    for name in ("reward", "gold", "kl", "answer_tokens"):
+        if name in final:
+            typer.echo(f"{name} of the last answers: {final[name]:.4f}")
+    for name, figure in final.get("held_out", {}).items():
+        typer.echo(f"{name}: {figure:.4f}")
+    typer.echo(f"Model written to {folder / 'model'}; report in {folder / 'report.html'}")
 
 
-def _run(
-    train: Callable[..., dict[str, Any]], recipe: Recipe, folder: Path, resume: bool, ray: str | None, workers: int
-) -> dict[str, Any]:
-    """Run a stage here, or on a Ray cluster."""
-    if ray is None:
-        return train(recipe, folder, resume=resume)
+@app.command("best-of-n")
+def best_of_n(
+    recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Answer prompts several times and keep the best answers, as data for supervised fine-tuning."""
+    from gale.train.best_of_n import BestOfNRecipe
+    from gale.train.best_of_n import best_of_n as run
+
+    settings = read_recipe(recipe, BestOfNRecipe, overrides, dry_run)
+    folder = output_folder(out, "best-of-n")
+    summary = run(settings, folder)
+    for point in summary["best_of"]:
+        gold = f", gold {point['gold']:.4f}" if "gold" in point else ""
+        typer.echo(f"best of {point['n']}: reward {point['reward']:.4f}{gold}, {point['kl']:.2f} nats from the model")
+    typer.echo(f"{summary['kept']} of {summary['prompts']} answers kept, in {folder / 'best.jsonl'}")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run with a table `lora` left.")],
+    base: Annotated[Path, typer.Option("--base", help="Model folder that the adapter was trained over.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the whole model.")],
+    fp32: Annotated[bool, typer.Option("--fp32", help="Write fp32 instead of bf16.")] = False,
+) -> None:
+    """Add a LoRA adapter to the weights of its base, and write a model folder that needs no adapter."""
     import torch
 
-    from gale.train.on_ray import run_on_ray
+    from gale.model.adapter_folder import merge_adapter
 
-    gpus = torch.cuda.is_available()
-    return run_on_ray(train, recipe, folder, resume=resume, address=ray, workers=workers, gpus=gpus)
+    folder = files.resolve(out)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    merge_adapter(files.resolve(adapter), files.resolve(base), folder, dtype=dtype)
+    typer.echo(f"Model written to {folder}")
 
 
 @app.command()
@@ -173,101 +257,16 @@ def _dial(depth: int | None, flops: float | None, dry_run: bool) -> Completion:
     return complete
 
 
-@app.command()
-def rl(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Let a model learn from its own answers (GRPO or PPO), judged by a reward model or by a program."""
-    from gale.train.rl import rl as run
-    from gale.train.rl_recipe import RlRecipe
-
-    settings = read_recipe(recipe, RlRecipe, overrides, dry_run)
-    folder = output_folder(out, settings.algorithm, resume=resume)
-    final = run(settings, folder, resume=resume)["final"]
-    for name in ("reward", "gold", "kl", "answer_tokens"):
-        if name in final:
-            typer.echo(f"{name} of the last answers: {final[name]:.4f}")
-    for name, figure in final.get("held_out", {}).items():
-        typer.echo(f"{name}: {figure:.4f}")
-    typer.echo(f"Model written to {folder / 'model'}; report in {folder / 'report.html'}")
-
-
-@app.command("best-of-n")
-def best_of_n(
-    recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None, dry_run: DryRunOption = False
-) -> None:
-    """Answer prompts several times and keep the best answers, as data for supervised fine-tuning."""
-    from gale.train.best_of_n import BestOfNRecipe
-    from gale.train.best_of_n import best_of_n as run
-
-    settings = read_recipe(recipe, BestOfNRecipe, overrides, dry_run)
-    folder = output_folder(out, "best-of-n")
-    summary = run(settings, folder)
-    for point in summary["best_of"]:
-        gold = f", gold {point['gold']:.4f}" if "gold" in point else ""
-        typer.echo(f"best of {point['n']}: reward {point['reward']:.4f}{gold}, {point['kl']:.2f} nats from the model")
-    typer.echo(f"{summary['kept']} of {summary['prompts']} answers kept, in {folder / 'best.jsonl'}")
-
-
-@app.command()
-def reward(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    ray: RayOption = None,
-    workers: WorkersOption = 1,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Train a model that scores answers, from pairs of which people preferred one."""
-    from gale.train.recipe import RewardRecipe
-    from gale.train.reward import reward as run
-
-    settings = read_recipe(recipe, RewardRecipe, overrides, dry_run)
-    folder = output_folder(out, "reward", resume=resume)
-    _report(_run(run, settings, folder, resume, ray, workers), folder, unit="nats per pair")
-
-
-@app.command()
-def dpo(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    ray: RayOption = None,
-    workers: WorkersOption = 1,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Train a chat model on preferences directly (DPO), without a reward model."""
-    from gale.train.dpo import dpo as run
-    from gale.train.recipe import DpoRecipe
-
-    settings = read_recipe(recipe, DpoRecipe, overrides, dry_run)
-    folder = output_folder(out, "dpo", resume=resume)
-    _report(_run(run, settings, folder, resume, ray, workers), folder, unit="per pair")
-
-
-@app.command()
-def merge(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder that a run with a table `lora` left.")],
-    base: Annotated[Path, typer.Option("--base", help="Model folder that the adapter was trained over.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the whole model.")],
-    fp32: Annotated[bool, typer.Option("--fp32", help="Write fp32 instead of bf16.")] = False,
-) -> None:
-    """Add a LoRA adapter to the weights of its base, and write a model folder that needs no adapter."""
+def _run(train: Train, recipe: Recipe, folder: Path, resume: bool, ray: str | None, workers: int) -> dict[str, Any]:
+    """Run a stage here, or on a Ray cluster."""
+    if ray is None:
+        return train(recipe, folder, resume=resume)
     import torch
 
-    from gale.core import files
-    from gale.model.adapter_folder import merge_adapter
+    from gale.train.on_ray import run_on_ray
 
-    folder = files.resolve(out)
-    dtype = torch.float32 if fp32 else torch.bfloat16
-    merge_adapter(files.resolve(adapter), files.resolve(base), folder, dtype=dtype)
-    typer.echo(f"Model written to {folder}")
+    gpus = torch.cuda.is_available()
+    return run_on_ray(train, recipe, folder, resume=resume, address=ray, workers=workers, gpus=gpus)
 
 
 def _report(summary: dict[str, Any], folder: Path, *, unit: str = "nats per token") -> None:

@@ -16,14 +16,11 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gale.core.errors import GaleError
-
-_HOUR = 3600.0
 
 
 def expand(path: str | Path) -> Path:
@@ -79,7 +76,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Atomically replace ``path`` with ``content``."""
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -96,8 +93,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Atomically replace ``path`` with ``content`` in UTF-8."""
-    write_bytes(path, content.encode("utf-8"))
+    """Atomically replace ``path`` with ``content`` in UTF-8; a half character, which that has no place for, is a ``?``.
+
+    Such come from file names that are not UTF-8 and from rows of data; no report may be lost for them.
+    """
+    write_bytes(path, content.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -158,17 +158,21 @@ def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
             raise
 
 
+def refuse_to_replace(out: Path, *sources: Path) -> None:
+    """Raise :class:`GaleError` where a folder that becomes ``out`` would replace what it is made from."""
+    if any(source.resolve().is_relative_to(out.resolve()) for source in sources):
+        raise GaleError(f"{out} holds what is being read and is not replaced.", hint="Choose another --out.")
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what writes of ``path`` left beside it when the process was killed in the middle of one.
 
-    What a living process may still be writing stays: folders whose name holds its number, anything else for an hour.
+    Their names hold the number of that process. What a living one may still be writing stays, and so do hidden files
+    that only begin alike: beside a folder ``env`` stands somebody's ``.env.local``.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        process, dash, _ = leftover.name.removeprefix(f".{path.name}.").partition("-")
-        if dash and process.isdecimal():
-            if _is_alive(int(process)):
-                continue
-        elif time.time() - leftover.lstat().st_mtime < _HOUR:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+        process = leftover.name.removeprefix(f".{path.name}.").partition("-")[0]
+        if not (process.isascii() and process.isdecimal()) or _is_alive(int(process)):
             continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -209,7 +213,7 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
     """Hexadecimal SHA-256 over the names and contents of files, in the order of their paths."""
     total = hashlib.sha256()
     for path in sorted(paths):
-        total.update(f"{path.name} {sha256(path)}\n".encode())
+        total.update(f"{path.name} {sha256(path)}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
 
 

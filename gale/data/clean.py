@@ -7,21 +7,38 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 
 from gale.core.errors import DataError
 from gale.data.recipe import Source
 from gale.data.sources import Document, read_documents
 
 _UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060\ud800-\udfff]")
-_TRAILING_SPACE = re.compile(r"[ \t\u3000]+(?=\n|$)")
+_SPACE = " \t\u3000"
 _BLANK_LINES = re.compile(r"\n{3,}")
+# No writing needs more marks on one letter (UAX #15, Stream-Safe Text Format), and normalising takes their square.
+_MOST_MARKS = 30
+_LAST_MARK = 0x1E94A  # from here on there are no combining characters
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, Unix line ends, no control, zero-width or half characters, at most one blank line in a row."""
+    """Unicode NFC, Unix line ends, no control, zero-width or half characters, at most one blank line in a row.
+
+    What is not NFC yet keeps at most 30 combining marks in a row.
+    """
+    if not unicodedata.is_normalized("NFC", text):
+        text = _marks().sub(lambda found: found[0][:_MOST_MARKS], text)
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = _TRAILING_SPACE.sub("", _UNWANTED.sub("", text))
+    # Not by a pattern, which would look for the end of a long run of spaces from each of them.
+    text = "\n".join(line.rstrip(_SPACE) for line in _UNWANTED.sub("", text).split("\n"))
     return _BLANK_LINES.sub("\n\n", text).strip()
+
+
+@cache
+def _marks() -> re.Pattern[str]:
+    """Too many combining marks in a row."""
+    marks = "".join(chr(code) for code in range(0x300, _LAST_MARK + 1) if unicodedata.combining(chr(code)))
+    return re.compile(f"[{marks}]{{{_MOST_MARKS + 1},}}")
 
 
 def normalise_document(document: Document) -> Document | None:

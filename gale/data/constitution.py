@@ -63,7 +63,7 @@ def read_prompts(path: Path) -> list[list[Message]]:
     Raises :class:`DataError` naming the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines knows ends that stand within JSON texts
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The prompts {path} cannot be read: {error}") from error
     found: dict[str, list[Message]] = {}
@@ -81,10 +81,10 @@ def read_prompts(path: Path) -> list[list[Message]]:
                 raise ValueError("the last message is not the user's")
             if wrong := [m for m in messages if m["role"] not in _ROLES or not isinstance(m["content"], str)]:
                 raise ValueError(f"not a message: {wrong[0]}")
-        except (KeyError, TypeError, ValueError) as error:
+            found.setdefault(_digest(messages), messages)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:  # among them half a surrogate pair
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{path}, line {number}: not a prompt: {reason}.") from error
-        found.setdefault(_digest(messages), messages)
     if not found:
         raise DataError(f"{path} holds no prompts.", hint="One a line in a .txt, or {prompt} a line in a .jsonl.")
     return list(found.values())

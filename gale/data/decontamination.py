@@ -26,18 +26,21 @@ class ContaminationIndex:
     hashes: dict[int, npt.NDArray[np.uint64]]
     owners: dict[int, npt.NDArray[np.int64]]
 
-    def file_in(self, units: TextUnits) -> str | None:
-        """Name of an evaluation file that the text shares an n-gram with, or None.
+    def overlap(self, units: TextUnits) -> tuple[str, str] | None:
+        """An evaluation file that the text shares an n-gram with, and the n-gram; None where there is none.
 
         A text is compared at every n for which there are evaluation n-grams, so that a Chinese passage within an
         English document is found too.
         """
         for n, known in self.hashes.items():
-            found = np.sort(units.ngrams(n))  # neighbours are looked up faster than strangers
-            at = np.searchsorted(known, found)
-            hits = at[known[np.minimum(at, len(known) - 1)] == found]
+            ngrams = units.ngrams(n)
+            found = np.sort(ngrams)  # neighbours are looked up faster than strangers
+            at = np.minimum(np.searchsorted(known, found), len(known) - 1)
+            hits = np.flatnonzero(known[at] == found)
             if len(hits):
-                return self.names[int(self.owners[n][hits[0]])]
+                start = int(np.flatnonzero(ngrams == found[hits[0]])[0])
+                shared = units.units[start : start + n]
+                return self.names[int(self.owners[n][at[hits[0]]])], ("" if units.spaceless else " ").join(shared)
         return None
 
 
@@ -87,7 +90,9 @@ def _texts(files: EvaluationFiles) -> Iterator[str]:
             except BrokenRowError as error:
                 raise DataError(f"{row.place}: {error}") from error
             if missing := [key for key in files.keys if key not in content]:
-                raise DataError(f"{row.place}: {missing[0]!r} is missing.", hint="Check `keys` of [[against]].")
+                raise DataError(
+                    f"{row.place}: {missing[0]!r} is missing.", hint="Check `keys` of [[decontamination.against]]."
+                )
             for key, value in content.items():
                 if not files.keys or key in files.keys:
                     yield from _strings(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from gale.core.errors import DataError
 from gale.data.cleaning_recipe import Languages
 
 UNDETERMINED = "und"
@@ -27,6 +28,16 @@ def rejected(recipe: Languages, language: str, confidence: float) -> str | None:
     if language not in recipe.keep:
         return "other_language"
     return "unsure_language" if confidence < recipe.min_confidence else None
+
+
+def check_languages(recipe: Languages) -> None:
+    """Raise :class:`DataError` for a language that is never found, which would drop all of its documents."""
+    known = {_FOLDED.get(label, label) for label in _identifier().labels}
+    if unknown := [language for language in recipe.keep if language not in known]:
+        raise DataError(
+            f"languages.keep: there is no language {unknown[0]!r}.",
+            hint=f"Its ISO 639 code is meant, one of {', '.join(sorted(known))}.",
+        )
 
 
 @cache

@@ -18,7 +18,7 @@ from gale.data.cleaning_recipe import PersonalData
 
 # Chinese text puts no space before a number, so "beside no word character" has to mean ASCII ones.
 _EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+/-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.|[A-Za-z0-9]\.)+"
+    r"(?<![A-Za-z0-9._%+/-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.)+"
     r"([A-Za-z]{2,24})(?![A-Za-z0-9@]|-[A-Za-z0-9]|\.[A-Za-z0-9]|:[A-Za-z0-9~])"
 )
 # What looks like the end of an address but is a file's: icon@2x.png.
@@ -65,17 +65,19 @@ _PASSPORT = re.compile(
 )
 
 _SECRET = re.compile(
-    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----.{1,20000}?-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
+    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----BEGIN ).){1,20000}?"
+    r"-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
     r"|(?<![A-Za-z0-9_])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS access key
     r"|gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"
     r"|glpat-[A-Za-z0-9_-]{20}"
-    r"|sk-(?:proj-|svcacct-|admin-|ant-api\d\d-|or-v1-)?(?=[A-Za-z_-]*\d)(?=[a-z0-9_-]*[A-Z]|[a-f0-9]{32})[A-Za-z0-9_-]{20,200}"
+    r"|sk-(?:proj-|svcacct-|admin-|ant-api\d\d-|or-v1-)?(?=[A-Za-z_-]{0,200}\d)(?=[a-z0-9_-]{0,200}[A-Z]|[a-f0-9]{32})"
+    r"[A-Za-z0-9_-]{20,200}"
     r"|(?:sk|rk)_live_[A-Za-z0-9]{20,200}"  # Stripe
     r"|xox[abprs]-\d{8,}-[A-Za-z0-9-]{20,200}"  # Slack
     r"|AIza[A-Za-z0-9_-]{35}"  # Google
     r"|hf_(?=[A-Za-z]*[A-Z])(?=[A-Za-z]*[a-z])[A-Za-z]{34}"
-    r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{20,}"  # JSON Web Token
+    r"|(?<!-)eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{20,}"  # JSON Web Token
     r")(?![A-Za-z0-9])",
     re.DOTALL,
 )

@@ -55,7 +55,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The beginning of a dropped document, with its personal data redacted."""
+    """The beginning of a dropped document, or what it shares with an evaluation; personal data is redacted.
+
+    ``like`` is the place of the document, or the name of the evaluation file, that it is too close to.
+    """
 
     reason: str
     place: str
@@ -197,6 +200,9 @@ class BatchWorker:
                 joined, cut = without_notices(joined)
                 if cut:
                     result.counts["notice_lines"] += cut
+                    if not joined:
+                        result.counts["empty"] += 1
+                        return None
                     document, units = Document(text=joined), TextUnits(joined)
             if reason := next(broken_rules(joined, units, language, recipe.quality), None):
                 result.drop(reason, place, joined)
@@ -205,10 +211,11 @@ class BatchWorker:
             self._evaluations
             and source.split == "train"
             and _goes_through("decontamination", source)
-            and (file := self._evaluations.file_in(units))
+            and (overlap := self._evaluations.overlap(units))
         ):
+            file, shared = overlap
             result.contaminated[file] += 1
-            result.drop("contaminated", place, joined, like=file)
+            result.drop("contaminated", place, f"… {shared} …", like=file)
             return None
         kept = Kept(place, fingerprint(document), document.size, joined[:EXCERPT])
         if recipe.near_duplicates and source.format != "qa" and _goes_through("near_duplicates", source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -17,16 +18,18 @@ from gale.core.recipe import load_recipe
 from gale.data.cache import is_recipe, made_once
 from gale.data.clean import ExactDeduplicator
 from gale.data.decontamination import index_evaluations
+from gale.data.languages import check_languages
 from gale.data.mixing import EncodedDocument, Spool, copies, resolve_epochs
 from gale.data.near_duplicates import NearDeduplicator
 from gale.data.pipeline import Batch, BatchResult, Job, Kept
+from gale.data.readers import OnRead, Row
 from gale.data.recipe import DataRecipe
 from gale.data.report import write_report
 from gale.data.shards import MANIFEST, ShardWriter
 from gale.data.shards import fingerprint as shards_fingerprint
-from gale.data.source_files import FoundFiles, find_files, is_pattern
+from gale.data.source_files import FoundFiles, find_files, missing_paths
 from gale.data.source_report import SourceReport
-from gale.data.sources import BrokenRows, question_documents, source_rows
+from gale.data.sources import BrokenRows, Document, question_documents, source_rows
 from gale.data.tokenizer_training import ready_tokenizer
 from gale.data.workers import map_here, map_in_processes, map_on_ray, workers_for
 from gale.text.tokenizer import Tokenizer
@@ -45,6 +48,8 @@ def prepare(recipe: DataRecipe, out: Path, *, ray: str | None = None) -> dict[st
     Raises :class:`DataError` for sources that are missing, damaged or leave a split empty.
     """
     found = _found_files(recipe)
+    if recipe.languages:
+        check_languages(recipe.languages)
     tokenizer = Tokenizer.load(ready_tokenizer(recipe.tokenizer))
     evaluations, evaluation_reports = (
         index_evaluations(recipe.decontamination) if recipe.decontamination else (None, [])
@@ -54,8 +59,9 @@ def prepare(recipe: DataRecipe, out: Path, *, ray: str | None = None) -> dict[st
         job = Job(recipe, {file.name: file.read_bytes() for file in (folder / "tokenizer").iterdir()}, evaluations)
         run = _Run(recipe, found, folder, tokenizer.vocabulary_size)
         size = sum(each.size for each in found)
-        with Bar("Preparing", -(-size // _MIB)) as bar:
-            batches = run.batches(_Progress(bar, run).count)
+        with Bar("Preparing (MiB)", -(-size // _MIB)) as bar:
+            progress = _Progress(bar, run)
+            batches = run.batches(progress.count)
             workers = workers_for(recipe.workers, size)
             if ray is not None:
                 results = map_on_ray(job, batches, ray)
@@ -63,9 +69,11 @@ def prepare(recipe: DataRecipe, out: Path, *, ray: str | None = None) -> dict[st
                 results = map_in_processes(job, batches, workers)
             else:
                 results = map_here(job, batches)
-            for result in results:
-                run.take(result)
+            with contextlib.closing(results):  # an error must end the workers now, not when it has been handled
+                for result in results:
+                    run.take(result)
             run.finish()
+            progress.finish(-(-size // _MIB))
         manifest: dict[str, Any] = {
             "format": 1,
             "fingerprint": shards_fingerprint(folder),
@@ -122,11 +130,11 @@ class _Run:
         self._spools: dict[int, Spool] = {}
         self.note = ""
 
-    def batches(self, on_read: Any) -> Iterator[Batch]:
+    def batches(self, on_read: OnRead) -> Iterator[Batch]:
         """All rows of all sources, in batches of one source each."""
         for index in self._order:
             source = self._recipe.sources[index]
-            rows: list[Any] = []
+            rows: list[Row | tuple[str, Document]] = []
             size = 0
             for row in (
                 question_documents(source, self._recipe.seed, self._broken[index], on_read)
@@ -157,6 +165,8 @@ class _Run:
         """Resolve the weights, close the shards. Raises :class:`DataError` for a split without documents."""
         for spool in self._spools.values():
             spool.close()
+        for report in self._reports:
+            report.epochs = 0.0 if report.source.weight is not None else report.epochs
         weighted = sorted(self._spools)
         sources = [self._recipe.sources[index] for index in weighted]
         epochs = resolve_epochs(sources, [self._spools[index].tokens for index in weighted])
@@ -243,20 +253,22 @@ class _Progress:
 
     def __init__(self, bar: Bar, run: _Run) -> None:
         self._bar, self._run = bar, run
-        self._bytes = 0
+        self._bytes = self._steps = 0
 
     def count(self, size: int) -> None:
         """``size`` more bytes are read."""
-        before, self._bytes = self._bytes, self._bytes + size
-        if steps := self._bytes // _MIB - before // _MIB:
-            self._bar.advance(self._run.note, steps)
+        self._bytes += size
+        self.finish(self._bytes // _MIB)
+
+    def finish(self, steps: int) -> None:
+        """So many MiB are done."""
+        if steps > self._steps:
+            self._bar.advance(self._run.note, steps - self._steps)
+            self._steps = steps
 
 
 def _found_files(recipe: DataRecipe) -> list[FoundFiles]:
     """The files of every source. Raises :class:`DataError` naming all paths that lead nowhere."""
-    missing = [
-        str(source.path) for source in recipe.sources if not source.path.exists() and not is_pattern(source.path)
-    ]
-    if missing:
+    if missing := missing_paths(source.path for source in recipe.sources):
         raise DataError(f"These data files do not exist: {', '.join(missing)}", hint="Check the paths in the recipe.")
     return [find_files(source.path, source.kind) for source in recipe.sources]

@@ -22,9 +22,12 @@ from gale.core.errors import DataError
 from gale.data.source_files import FileKind, SourceFile
 
 _READ = 2**20
+_ZSTD_READ = 2**12  # three bytes can stand for 128 KiB, and all that one call unpacks is held at once
+_MOST_BYTES = 2**30  # of a line, or of a file that is one document
 _PARQUET_ROWS = 256
 # YAML between two lines of dashes, as static site generators have it: about the page, not of it.
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t]+.*\n|- .*\n|\n)*?---[ \t]*\n")
+# Each line can be read in one way only: with two, a page without the closing dashes would take for ever.
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t].*\n|- .*\n|\n)*?---[ \t]*\n")
 
 OnRead = Callable[[int], None]
 
@@ -54,7 +57,7 @@ class Row:
         if self.kind in ("text", "markdown"):
             try:
                 text = self.content.decode(self.encoding).removeprefix("\ufeff")
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:
                 raise BrokenRowError(f"{error} (another `encoding`, such as gb18030?)") from error
             return {"text": markdown_text(text) if self.kind == "markdown" else text}
         try:
@@ -67,44 +70,58 @@ class Row:
 
     @property
     def size(self) -> int:
-        """About how many bytes it takes to send the row elsewhere."""
-        return len(self.content) if isinstance(self.content, bytes) else len(repr(self.content))
+        """About how large the row is, in bytes of a file or characters of its values."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        return sum(len(value) for value in self.content.values() if isinstance(value, str))
 
 
 def read_rows(
-    file: SourceFile, *, columns: tuple[str, ...] | None = None, encoding: str = "utf-8", on_read: OnRead = _uncounted
+    file: SourceFile,
+    *,
+    columns: tuple[str, ...] | None = None,
+    optional: tuple[str, ...] = (),
+    encoding: str = "utf-8",
+    on_read: OnRead = _uncounted,
 ) -> Iterator[Row]:
-    """All rows of a file in order. ``columns`` are all that is needed of Parquet, ``on_read`` is told of bytes read.
+    """All rows of a file in order. ``columns`` are all that is needed of Parquet, with those of ``optional`` that it
+    has; ``on_read`` is told of bytes read.
 
     Raises :class:`DataError` for a file that is damaged as a whole.
     """
     if file.kind == "parquet":
-        yield from _parquet_rows(file.path, columns, on_read)
+        yield from _parquet_rows(file.path, columns, optional, on_read)
         return
     line = 0
     try:
         if file.kind == "jsonl":
-            for line, raw in enumerate(_lines(_chunks(file.path, on_read)), start=1):
+            for line, raw in enumerate(_lines(file.path, _chunks(file.path, on_read)), start=1):
                 if raw.strip():
                     yield Row(f"{file.path}, line {line}", file.kind, raw)
         else:
-            yield Row(str(file.path), file.kind, b"".join(_chunks(file.path, on_read)), encoding)
+            document = _Pieces(file.path)
+            for chunk in _chunks(file.path, on_read):
+                document.add(chunk)
+            yield Row(str(file.path), file.kind, document.take(), encoding)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         after = f" after line {line}" if file.kind == "jsonl" else ""
         raise DataError(f"{file.path} is damaged{after}: {error}", hint="Copy or download the file again.") from error
 
 
 def html_text(page: bytes) -> str:
-    """The main text of a page without its navigation, as Markdown-free text; empty where there is none.
+    """The main text of a page without its navigation, as plain text; empty where there is none.
 
-    trafilatura (Barbaresi 2021) finds it, and the page's encoding too.
+    trafilatura (Barbaresi 2021) finds it, and the page's encoding too. Raises :class:`BrokenRowError`.
     """
     try:
         import trafilatura
     except ImportError as error:
         raise DataError(f"HTML cannot be read, because trafilatura does not load: {error}") from error
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # a page without text is counted, not logged
-    return trafilatura.extract(page, include_comments=False, include_tables=True) or ""
+    try:
+        return trafilatura.extract(page, include_comments=False, include_tables=True) or ""
+    except Exception as error:  # it promises nothing about what broken pages make it raise
+        raise BrokenRowError(f"not a page that can be read: {error}") from error
 
 
 def markdown_text(text: str) -> str:
@@ -112,26 +129,29 @@ def markdown_text(text: str) -> str:
     return _FRONT_MATTER.sub("", text.replace("\r\n", "\n"))
 
 
-def _parquet_rows(path: Path, columns: tuple[str, ...] | None, on_read: OnRead) -> Iterator[Row]:
+def _parquet_rows(
+    path: Path, columns: tuple[str, ...] | None, optional: tuple[str, ...], on_read: OnRead
+) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as table:
-            if missing := [name for name in columns or () if name not in table.schema_arrow.names]:
+            names = table.schema_arrow.names
+            if missing := [name for name in columns or () if name not in names]:
                 raise DataError(
                     f"{path} has no column {missing[0]!r}.",
-                    hint=f"It has {', '.join(table.schema_arrow.names)}; name the right one with `text_key` or "
-                    "`fields`.",
+                    hint=f"It has {', '.join(names)}; name the right one with `text_key` or `fields`.",
                 )
             per_row = path.stat().st_size / max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(_PARQUET_ROWS, columns=None if columns is None else list(columns)):
+            wanted = None if columns is None else [*columns, *(name for name in optional if name in names)]
+            for batch in table.iter_batches(_PARQUET_ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}, row {number}", "parquet", row)
                 on_read(round(per_row * batch.num_rows))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged after row {number}: {error}", hint="Copy or download the file again."
         ) from error
@@ -140,10 +160,11 @@ def _parquet_rows(path: Path, columns: tuple[str, ...] | None, on_read: OnRead) 
 def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:
     """Content of a plain, gzip or zstd file, unpacked."""
     with path.open("rb") as file:
-        if path.suffix == ".zst":
-            yield from _zstd_chunks(iter(lambda: file.read(_READ), b""), on_read)
+        packing = path.suffix.lower()
+        if packing == ".zst":
+            yield from _zstd_chunks(iter(lambda: file.read(_ZSTD_READ), b""), on_read)
             return
-        unpacked = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        unpacked = gzip.GzipFile(fileobj=file) if packing == ".gz" else file
         done = 0
         while chunk := unpacked.read(_READ):
             on_read(file.tell() - done)
@@ -166,10 +187,38 @@ def _zstd_chunks(packed_chunks: Iterator[bytes], on_read: OnRead) -> Iterator[by
         raise EOFError("the last frame is cut short")
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    pending = b""
+class _Pieces:
+    """Pieces of one line or document; a packed file of kilobytes can hold one that no memory does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def add(self, piece: bytes) -> None:
+        """Append a piece. Raises :class:`DataError` where it is one too many."""
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > _MOST_BYTES:
+            raise DataError(
+                f"{self._path} holds a document of more than {_MOST_BYTES:,} bytes.",
+                hint="Cut it into documents, such as one a line of a JSON lines file.",
+            )
+
+    def take(self) -> bytes:
+        """All pieces in one, which are then forgotten."""
+        whole = b"".join(self._pieces)
+        self._pieces, self._size = [], 0
+        return whole
+
+
+def _lines(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    pending = _Pieces(path)
     for chunk in chunks:
-        *lines, pending = (pending + chunk).split(b"\n")
-        yield from lines
-    if pending:
-        yield pending
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            pending.add(line)
+            yield pending.take()
+        pending.add(rest)
+    if last := pending.take():
+        yield last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import io
 from pathlib import Path
 from typing import Literal
 
@@ -122,7 +122,7 @@ class Source(Recipe):
         if self.weight is not None and ("epochs" in self.model_fields_set or self.split != "train"):
             raise ValueError("weight stands in place of epochs, and only where split is train")
         try:
-            codecs.lookup(self.encoding)
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)  # refuses codecs that are not of text, as rot13
         except LookupError as error:
             raise ValueError(f"encoding: {error}") from error
         return self

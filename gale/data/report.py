@@ -153,7 +153,8 @@ after repeating or leaving out what the recipe says.</p>
 
 {% if samples %}
 <h2>Samples of what was dropped</h2>
-<p class="note">Their beginnings, with personal data redacted. All of them are in dropped.jsonl.</p>
+<p class="note">Their beginnings, or the words they share with an evaluation, with personal data redacted.
+All of them are in dropped.jsonl.</p>
 <div class="scroll"><table>
 <thead><tr><th>source</th><th class="text">reason</th><th class="text">text</th></tr></thead>
 <tbody>

@@ -25,7 +25,9 @@ def draw(sources: Sequence[Mapping[str, Any]], reasons: Counter[str], languages:
     if languages:
         tall.append(0.6 + 0.24 * min(_BARS, len(languages)))
     # Fixed salt and no date, so that the same numbers draw the same picture.
-    with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}):
+    style: dict[Any, Any] = {"svg.hashsalt": "gale", "svg.fonttype": "none", "font.size": 9}
+    style |= {"font.family": "sans-serif", "text.parse_math": False}  # a file may be called $5_and_$6
+    with rc_context(style):
         figure = Figure(figsize=(11, sum(tall) + 0.5), layout="constrained")
         axes = figure.subplots(len(tall), 2, squeeze=False, height_ratios=tall)
         _before_and_after(axes[0, 0], shown, "read", "kept", 1, "documents")
@@ -62,7 +64,7 @@ def _bars(axes: Axes, rows: Sequence[tuple[str, int]], label: str) -> None:
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
     bars = axes.barh([name for name, _ in rows], [count for _, count in rows], color=_AFTER)
     axes.bar_label(bars, fmt="{:,.0f}", padding=2)
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
@@ -82,7 +84,7 @@ def _sizes(axes: Axes, sources: Sequence[Mapping[str, Any]]) -> None:
             label=label,
         )
     low, high = (int(limit) for limit in axes.get_xlim())
-    marks = [bits for bits in range(max(0, low), high + 2) if bits % 2]
+    marks = [bits for bits in range(max(0, low), high + 2) if bits % 3 == 1]
     axes.set_xticks([bits - 0.5 for bits in marks], [_bytes(2 ** (bits - 1)) for bits in marks])
     axes.set(xlabel="size of a document, bytes of UTF-8", ylabel="documents")
     axes.legend()

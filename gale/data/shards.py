@@ -84,14 +84,14 @@ class TokenSplit:
         if name not in splits:
             raise DataError(f"{folder} has no split {name!r}.", hint=f"It has: {', '.join(sorted(splits))}.")
         self.name = name
-        self.bytes: int = splits[name]["bytes"]
-        self.pairs: bool = splits[name].get("pairs", False)  # documents 2n and 2n + 1: an answer and a worse one
         try:
+            self.bytes: int = splits[name]["bytes"]
+            self.pairs: bool = splits[name].get("pairs", False)  # documents 2n and 2n + 1: an answer and a worse one
             self._shards = [load_shard(folder, shard) for shard in splits[name]["shards"]]
             for shard in self._shards:
                 if not shard.bounds[-1] == len(shard.tokens) == len(shard.trained):
                     raise ValueError("arrays of different lengths")
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"The prepared data in {folder} is damaged: {error}", hint="Prepare it again.") from error
         self._ends = list(accumulate(len(shard.bounds) - 1 for shard in self._shards))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,6 +91,11 @@ def find_files(path: Path, kind: FileKind | None = None) -> FoundFiles:
             hint="Check the path, or set `kind`.",
         )
     return FoundFiles(tuple(known), tuple(ignored))
+
+
+def missing_paths(paths: Iterable[Path]) -> list[str]:
+    """Those that are no file, no folder and no pattern, so that all can be named at once."""
+    return [str(path) for path in paths if not path.exists() and not is_pattern(path)]
 
 
 def is_pattern(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gale.core.errors import DataError
 from gale.data.readers import BrokenRowError, OnRead, Row, read_rows
-from gale.data.recipe import QuestionTemplates, Source
+from gale.data.recipe import FORMAT_KEYS, QuestionTemplates, Source
 from gale.data.source_files import find_files
 from gale.text.template import Message
 
@@ -30,12 +30,14 @@ class Document:
     """Running text, or a conversation.
 
     With ``rejected`` the conversation's last answer is the better of two. ``last_only`` trains the last answer alone.
+    ``alternatives`` are further answers as right as the last one: an evaluation takes them, nothing is trained on them.
     """
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
     rejected: str | None = None
     last_only: bool = False
+    alternatives: tuple[str, ...] = ()
 
     def map(self, change: Callable[[str], str]) -> Document:
         """The document with every text changed."""
@@ -43,7 +45,8 @@ class Document:
             return Document(text=change(self.text))
         messages = tuple(Message(role=m["role"], content=change(m["content"])) for m in self.messages)
         rejected = None if self.rejected is None else change(self.rejected)
-        return replace(self, messages=messages, rejected=rejected)
+        alternatives = tuple(map(change, self.alternatives))
+        return replace(self, messages=messages, rejected=rejected, alternatives=alternatives)
 
     def halves(self) -> tuple[Document, ...]:
         """The conversation with the preferred and the one with the rejected answer; any other document is itself."""
@@ -116,14 +119,23 @@ def read_documents(
 
 def source_rows(source: Source, on_read: OnRead = lambda _: None) -> Iterator[Row]:
     """All rows of all files of a source. Raises :class:`DataError` for files that are missing or damaged."""
-    columns: tuple[str, ...] | None = None
-    if source.format == "text":
-        columns = ({**source.fields, "text": source.fields.get("text", source.text_key)}["text"].partition(".")[0],)
-        columns += (source.fields.get("source", "source").partition(".")[0],) if source.only else ()
+    columns, optional = _columns(source)
     for file in find_files(source.path, source.kind).files:
         if file.kind in ("text", "markdown", "html") and source.format != "text":
             raise DataError(f"{file.path} holds running text, not rows of the format {source.format!r}.")
-        yield from read_rows(file, columns=columns, encoding=source.encoding, on_read=on_read)
+        yield from read_rows(file, columns=columns, optional=optional, encoding=source.encoding, on_read=on_read)
+
+
+def _columns(source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns of a Parquet file that the format needs, and those that it may have; all others stay unread."""
+    keys = {"text": source.text_key, **source.fields}
+    needed = [name for name in FORMAT_KEYS[source.format] if name not in (*_MESSAGE_KEYS, *_OPTIONAL_KEYS)]
+    may_have = [name for name in FORMAT_KEYS[source.format] if name in _OPTIONAL_KEYS]
+    (needed if source.only else may_have).append("source")
+    columns, optional = (
+        tuple(dict.fromkeys(keys.get(name, name).partition(".")[0] for name in names)) for names in (needed, may_have)
+    )
+    return columns, tuple(name for name in (*optional, "tools") if name not in columns)
 
 
 def row_document(row: Row, source: Source, replace: Mapping[str, str]) -> Document | None:
@@ -273,9 +285,17 @@ def _question_document(
     start = row["answers"][0]["start"]
     # Where the answer is no span of the passage, the whole passage may be needed to find it.
     context = own_context if start < 0 else _window(own_context, start, start + len(answer), limit)
+    others = (_text(other, "text").strip() for other in row["answers"][1:])
+    first, *alternatives = dict.fromkeys(_sentence(text) for text in (answer, *others) if text)
+    asked = _exchange(prompt.format(context=context, question=question), first)
+    return replace(asked, alternatives=tuple(alternatives))
+
+
+def _sentence(answer: str) -> str:
+    """A span of a passage as a reply: with a capital and a full stop."""
     ending = "。" if re.search(r"[\u4e00-\u9fff]", answer) else "."
     answer = answer if answer[-1] in "。.!?！？" else answer + ending
-    return _exchange(prompt.format(context=context, question=question), answer[0].upper() + answer[1:])
+    return answer[0].upper() + answer[1:]
 
 
 def _exchange(question: str, answer: str) -> Document:

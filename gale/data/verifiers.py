@@ -154,7 +154,7 @@ def chosen_letter(answer: str, letters: str) -> str | None:
     """See :func:`choice`; in upper case."""
     text, offered = unicodedata.normalize("NFKC", answer).strip(), f"[{re.escape(letters)}]"
     named = re.findall(
-        rf"(?:answer|choice|option|答案|选择?)\W*(?:is|为|是)?\W*({offered})(?![A-Za-z])", text, re.IGNORECASE
+        rf"(?:answer|choice|option|答案|选择?)\W*(?:(?:is|为|是)\W*)?({offered})(?![A-Za-z])", text, re.IGNORECASE
     )
     if named:
         return str(named[-1]).upper()

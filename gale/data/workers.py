@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
+from gale.core.cluster import joined_ray
 from gale.core.errors import DataError, GaleError
 from gale.core.settings import settings
 from gale.data.pipeline import Batch, BatchResult, BatchWorker, Job
@@ -36,12 +36,17 @@ def workers_for(wanted: int, size: int) -> int:
     return 1 if size < _LITTLE else settings().threads or len(os.sched_getaffinity(0))
 
 
-def map_here(job: Job, batches: Iterable[Batch]) -> Iterator[BatchResult]:
+Results = Generator[BatchResult, None, None]  # closing it ends the work
+
+
+def map_here(job: Job, batches: Iterator[Batch]) -> Results:
     """Work on the batches one after another in this process."""
-    return map(BatchWorker(job), batches)
+    worker = BatchWorker(job)
+    for batch in batches:
+        yield worker(batch)
 
 
-def map_in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[BatchResult]:
+def map_in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Results:
     """Work on the batches in ``workers`` new processes. Raises :class:`DataError` where one of them dies."""
     # Spawned and not forked: this process may run threads of torch or of the tokenizer, which do not survive a fork.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(job,))
@@ -62,45 +67,35 @@ def map_in_processes(job: Job, batches: Iterator[Batch], workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def map_on_ray(job: Job, batches: Iterator[Batch], address: str) -> Iterator[BatchResult]:
+def map_on_ray(job: Job, batches: Iterator[Batch], address: str) -> Results:
     """Work on the batches with Ray Data on the cluster at ``address`` (or on the one this process is connected to).
 
     Batches travel to the machines and results back, so these need no files in common; they need Gale.
-    Raises :class:`DataError` where Ray is missing or there is no cluster.
+    Raises :class:`GaleError` where Ray is missing or there is no cluster.
     """
-    try:
+    with joined_ray(address):
         import ray
         import ray.data
-    except ImportError as error:
-        raise DataError("Ray is not installed.", hint="Install it with: pip install 'gale-llm[ray]'") from error
-    connected = ray.is_initialized()
-    if not connected:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise DataError(f"There is no Ray cluster at {address}: {error}") from error
-    try:
+
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # there is one already
         context.print_on_execution_start = False
-        reference = ray.put(job)
-        window = max(1, int(ray.cluster_resources().get("CPU", 1))) * _RAY_WINDOW
-        while some := list(itertools.islice(batches, window)):
-            rows = [{"number": number, "content": pickle.dumps(batch)} for number, batch in enumerate(some)]
-            data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                functools.partial(_work_on_ray, reference=reference)
-            )
-            results: dict[int, dict[str, Any]] = {row["number"]: row for row in data.iter_rows()}
-            for number in range(len(some)):
-                result = pickle.loads(results[number]["content"])  # noqa: S301 - made by _work_on_ray
-                if isinstance(result, GaleError):
-                    raise result
-                yield result
-    except ray.exceptions.RayError as error:
-        raise DataError(f"The Ray cluster could not do the work: {error}") from error
-    finally:
-        if not connected:
-            ray.shutdown()
+        try:
+            reference = ray.put(job)
+            window = max(1, int(ray.cluster_resources().get("CPU", 1))) * _RAY_WINDOW
+            while some := list(itertools.islice(batches, window)):
+                rows = [{"number": number, "content": pickle.dumps(batch)} for number, batch in enumerate(some)]
+                data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                    functools.partial(_work_on_ray, reference=reference)
+                )
+                results: dict[int, dict[str, Any]] = {row["number"]: row for row in data.iter_rows()}
+                for number in range(len(some)):
+                    result = pickle.loads(results[number]["content"])  # noqa: S301 - made by _work_on_ray
+                    if isinstance(result, GaleError):
+                        raise result
+                    yield result
+        except ray.exceptions.RayError as error:
+            raise DataError(f"The Ray cluster could not do the work: {error}") from error
 
 
 _worker: BatchWorker | None = None

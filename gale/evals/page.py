@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from gale.core.model_folder import model_name
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -28,17 +30,19 @@ _LEGEND = (
     "Lower is better for bits per byte, higher for all others."
 )
 
+_NAMES = {"f1": "F1"}  # figures whose names are more than their keys
+
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    lines = [f"# Evaluation of {_name(report)}", "", *_table(report["scores"]), "", _LEGEND]
+    lines = [f"# Evaluation of {model_name(Path(report['model']))}", "", *_table(report["scores"]), "", _LEGEND]
     if report["bits_per_byte"]:
         lines += ["", "## Bits per byte (lower is better; 8 is chance)", ""]
         lines += [f"- {name}: {value:.3f}" for name, value in report["bits_per_byte"].items()]
     for name, scores in report["reading"].items():
         lines += ["", f"## {name}", ""]
         lines += [
-            f"- {key.replace('_', ' ')}: {value}"
+            f"- {_NAMES.get(key, key.replace('_', ' '))}: {value}"
             for key, value in scores.items()
             if key != "samples" and value is not None
         ]
@@ -57,7 +61,7 @@ def to_html(report: dict[str, Any]) -> str:
     """The report as one self-contained page: plots of every score beside its chance, tables, samples and answers."""
     shares = [row for row in report["scores"] if not row["lower_is_better"]]
     bits = [row for row in report["scores"] if row["lower_is_better"]]
-    title = html.escape(f"Evaluation of {_name(report)}")
+    title = html.escape(f"Evaluation of {model_name(Path(report['model']))}")
     parts = [f"<h1>{title}</h1>", f'<p class="note">{html.escape(_LEGEND)} {html.escape(report["compute"])}.</p>']
     for rows, label, most in (
         (shares, "score (higher is better)", 1.0),
@@ -87,12 +91,6 @@ def to_html(report: dict[str, Any]) -> str:
     )
 
 
-def _name(report: dict[str, Any]) -> str:
-    """The model's name; a trained model stands in RUN/model, and the run's name says more than "model"."""
-    folder = Path(report["model"])
-    return folder.parent.name if folder.name == "model" else folder.name
-
-
 def _cells(row: dict[str, Any]) -> list[str]:
     interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
     majority = "" if row["majority"] is None else f"{row['majority']:.3f}"
@@ -109,7 +107,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"| {' | '.join(_HEADINGS)} |", "|---|---|--:|--:|--:|--:|--:|"]
-    return lines + [f"| {' | '.join(_cells(row))} |" for row in rows]
+    for row in rows:
+        cells = (" ".join(cell.replace("|", r"\|").split()) for cell in _cells(row))  # groups are named by the rows
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _html_table(rows: list[dict[str, Any]]) -> str:
@@ -142,7 +143,8 @@ def _plot(rows: list[dict[str, Any]], label: str, most: float) -> str:
     from matplotlib.figure import Figure
 
     # Fixed salt and no date, so that the same report draws the same file.
-    with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none"}):
+    style: dict[Any, Any] = {"svg.hashsalt": "gale", "svg.fonttype": "none", "text.parse_math": False}
+    with rc_context(style):
         figure = Figure(figsize=(8, 0.8 + 0.32 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         places = range(len(rows))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,12 @@ class Answer:
     question: str
     expected: str
     given: str
+    alternatives: tuple[str, ...] = ()  # other answers that are as right as the expected one
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row of a report."""
+        row = {"kind": self.kind, "question": self.question, "expected": self.expected, "given": self.given}
+        return {**row, "alternatives": list(self.alternatives)} if self.alternatives else row
 
 
 async def read_and_answer(engine: Engine, source: Source, *, limit: int, max_tokens: int, seed: int) -> list[Answer]:
@@ -50,22 +57,25 @@ async def read_and_answer(engine: Engine, source: Source, *, limit: int, max_tok
                 given = await ask(engine, list(document.messages[:-1]), max_tokens)
             bar.advance()
             kind = replies.get(expected, "grounded")
-            return Answer(kind, document.messages[0]["content"], expected, given)
+            return Answer(kind, document.messages[0]["content"], expected, given, document.alternatives)
 
         return list(await asyncio.gather(*map(one, documents)))
 
 
 def score(answers: list[Answer]) -> dict[str, Any]:
-    """Share of exact answers and mean character F1 on answerable questions; share of admissions on the others.
+    """Exact match and mean F1 on answerable questions; share of admissions on the others. All from 0 to 1.
 
+    Where a question has several right answers, the one that is nearest counts, as in SQuAD (Rajpurkar et al. 2016) and
+    CMRC 2018 (Cui et al. 2019). Case, punctuation and spaces do not count; F1 is over words, of Chinese over
+    characters.
     ``refused_wrongly`` is the price of admitting: the share of answerable questions that were not answered.
     """
     grounded = [answer for answer in answers if answer.kind == "grounded"]
     admissions = {_plain(answer.expected) for answer in answers if answer.kind != "grounded"}
     result: dict[str, Any] = {
         "questions": len(answers),
-        "exact": _share(_plain(a.given) == _plain(a.expected) for a in grounded),
-        "f1": _share(verify("f1", a.given, a.expected) for a in grounded),
+        "exact_match": _share(map(_exact_match, grounded)),
+        "f1": _share(map(_f1, grounded)),
         "refused_wrongly": _share(_plain(a.given) in admissions for a in grounded),
     }
     for kind in ("unanswerable", "closed_book"):
@@ -79,16 +89,24 @@ def answer_scores(name: str, answers: list[Answer]) -> list[Score]:
     admissions = {_plain(answer.expected) for answer in answers if answer.kind != "grounded"}
     grounded = [answer for answer in answers if answer.kind == "grounded"]
     points = {
-        "exact": [float(_plain(a.given) == _plain(a.expected)) for a in grounded],
-        "f1": [verify("f1", a.given, a.expected) for a in grounded],
+        "exact match": [_exact_match(answer) for answer in grounded],
+        "F1": [_f1(answer) for answer in grounded],
     }
     for kind in ("unanswerable", "closed_book"):
         points[f"{kind}_admitted"] = [float(_plain(a.given) in admissions) for a in answers if a.kind == kind]
     return [share_score(name, metric, values, chance=0.0) for metric, values in points.items() if values]
 
 
-def _share(values: Any) -> float | None:
-    numbers = [float(value) for value in values]
+def _exact_match(answer: Answer) -> float:
+    return float(_plain(answer.given) in map(_plain, (answer.expected, *answer.alternatives)))
+
+
+def _f1(answer: Answer) -> float:
+    return max(verify("f1", answer.given, right) for right in (answer.expected, *answer.alternatives))
+
+
+def _share(values: Iterable[float]) -> float | None:
+    numbers = list(values)
     return round(sum(numbers) / len(numbers), 4) if numbers else None
 
 

@@ -12,7 +12,7 @@ from gale.core.device import choose_compute
 from gale.core.errors import DataError, GaleError
 from gale.data.clean import sample_texts
 from gale.data.recipe import Source
-from gale.data.source_files import find_files
+from gale.data.source_files import missing_paths
 from gale.engine.local import LocalEngine
 from gale.engine.request import Engine
 from gale.evals.bits_per_byte import CHANCE, bits_per_byte
@@ -73,13 +73,7 @@ def evaluate(folder: Path, recipe: EvalRecipe) -> dict[str, Any]:
 def _require_files(recipe: EvalRecipe) -> None:
     paths = [*(source.path for source in recipe.sources), *(task.path for task in recipe.tasks)]
     paths += [shots for task in recipe.tasks if (shots := getattr(task, "shots_path", None)) is not None]
-    missing = []
-    for path in paths:
-        try:
-            find_files(path)
-        except DataError:
-            missing.append(str(path))
-    if missing:
+    if missing := missing_paths(paths):
         raise DataError(f"These held-out files do not exist: {', '.join(missing)}", hint="Check the evaluation recipe.")
 
 
@@ -113,7 +107,7 @@ async def _by_engine(
                     max_tokens=recipe.max_answer_tokens,
                     seed=recipe.seed,
                 )
-                reading[source.split] = {**score(given), "samples": [asdict(answer) for answer in given[:8]]}
+                reading[source.split] = {**score(given), "samples": [answer.as_dict() for answer in given[:8]]}
                 scores += answer_scores(source.split, given)
         for task in recipe.tasks:
             match task:

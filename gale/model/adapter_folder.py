@@ -6,6 +6,7 @@ the base's weights, since an adapter over other weights computes without complai
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from gale.core import files
 from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
-from gale.model.checkpoint import load_model, save_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model, save_model
 from gale.model.lora import LoraShape, adapted, add_lora, decoder_of, merge_lora
 from gale.model.reward_model import RewardModel, is_reward_model, load_reward_model, save_reward_model
 from gale.model.transformer import Decoder
@@ -71,7 +72,10 @@ def read_adapter(folder: Path, *, base: Path) -> tuple[LoraShape, dict[str, Tens
     config = read_json(folder / ADAPTER_CONFIG)
     if not config:
         raise ModelError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}.")
-    _refuse_other_kinds(folder, config)
+    try:
+        _refuse_other_kinds(folder, config)
+    except TypeError as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} holds a value of the wrong kind: {error}") from error
     noted = read_json(folder / _BASE).get("sha256")
     if noted not in (None, fingerprint(base)):
         raise ModelError(
@@ -90,9 +94,13 @@ def read_adapter(folder: Path, *, base: Path) -> tuple[LoraShape, dict[str, Tens
                 if name.endswith(".lora_A.weight")
             ),
         )
+        # Before anything of that size is built.
+        ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+        if not ranks <= {shape.rank} or not math.isfinite(shape.alpha) or not 0 <= shape.dropout < 1:
+            raise ValueError(f"rank {shape.rank} (of its weights: {ranks}), alpha {shape.alpha}, {shape.dropout=}")
     except KeyError as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} lacks {error}.") from error
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"The adapter {folder} is damaged: {error}", hint="Copy it again.") from error
     return shape, tensors
 
@@ -137,7 +145,12 @@ def open_with_adapter(base: Path, adapter: Path, *, dtype: torch.dtype) -> Decod
 
 
 def merge_adapter(adapter: Path, base: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the model folder ``out`` that answers as ``base`` under ``adapter`` does. Sums are made in fp32."""
+    """Write the model folder ``out`` that answers as ``base`` under ``adapter`` does. Sums are made in fp32.
+
+    Raises :class:`ModelError` as :func:`load_adapter` does, and :class:`gale.core.errors.GaleError` where ``out`` is
+    something else.
+    """
+    files.refuse_to_replace(out, base, adapter)
     model = open_with_adapter(base, adapter, dtype=torch.float32)
     merge_lora(model)
     with files.new_directory(out, marker="config.json") as folder:
@@ -150,11 +163,6 @@ def merge_adapter(adapter: Path, base: Path, out: Path, *, dtype: torch.dtype = 
             source = next((path / name for path in (adapter, base) if (path / name).is_file()), None)
             if source is not None:
                 shutil.copyfile(source, folder / name)
-
-
-def fingerprint(base: Path) -> str:
-    """SHA-256 over the weights of a model folder: what an adapter is bound to."""
-    return files.sha256_of_all(weight_files(base))
 
 
 def _peft_targets(model: Decoder | RewardModel) -> list[str]:

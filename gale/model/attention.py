@@ -6,13 +6,14 @@ of queries is computed for all documents that reach so far in a few large produc
 ever computed, let alone masked.
 
 Shape suffixes as in :mod:`gale.model.transformer`; B documents, L padded length, M = documents x key heads,
-G query heads sharing one key head, R = G x the queries of one block, S the keys visible to the block.
+G query heads sharing one key head, Q queries of one document in one block, R = G x Q, S the keys visible to the block,
+P all queries of all heads, block after block, so that each block's are one contiguous piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,14 +68,14 @@ def packed_attention(
 
     ``window`` is the number of newest tokens seen, 0 for all.
     """
-    key_heads = k_NKD.shape[1]
-    q_MGLD, k_MGLD, v_MGLD = (_side_by_side(x, gather_BL, key_heads) for x in (q_NHD, k_NKD, v_NKD))
-    out_MGLD = torch.empty_like(q_MGLD)
-    for low, high, first, reach in _blocks(sizes_B, key_heads, window):
-        p_MRS = _probabilities(q_MGLD[:reach, :, low:high], k_MGLD[:reach, 0, first:high], window)
-        out_MRD = torch.bmm(p_MRS, v_MGLD[:reach, 0, first:high])
-        out_MGLD[:reach, :, low:high] = out_MRD.view(reach, -1, high - low, out_MRD.shape[-1])
-    return _one_after_another(out_MGLD, gather_BL, place_N)
+    blocks = _blocks(sizes_B, window)
+    q_PD = _take(q_NHD, _tiles(gather_BL, blocks))
+    k_MLD, v_MLD = (_take(x, gather_BL).view(-1, gather_BL.shape[1], x.shape[-1]) for x in (k_NKD, v_NKD))
+    out_PD = torch.empty_like(q_PD)
+    for block, q_MRD, out_MRD in _by_block(blocks, k_NKD.shape[1], q_NHD.shape[1], q_PD, out_PD):
+        k_MSD, v_MSD = (_keys(x_MLD, len(q_MRD), block).contiguous() for x_MLD in (k_MLD, v_MLD))
+        torch.bmm(_probabilities(q_MRD, k_MSD, window), v_MSD, out=out_MRD)
+    return _put_back(out_PD, _slots(place_N, blocks, gather_BL.shape[1]), _QUERY_BLOCK, q_NHD)
 
 
 @packed_attention.register_fake
@@ -96,28 +97,37 @@ def packed_attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the probabilities are computed again rather than kept (Dao et al. 2022)."""
-    key_heads = k_NKD.shape[1]
-    q_MGLD, k_MGLD, v_MGLD = (_side_by_side(x, gather_BL, key_heads) for x in (q_NHD, k_NKD, v_NKD))
-    # Padding must not send gradients to the tokens it repeats: a padded query's own gradient is zero.
-    grad_MGLD = _side_by_side(grad_NHD, gather_BL, key_heads, sizes_B)
-    dq_MGLD = torch.empty_like(q_MGLD)
+    blocks = _blocks(sizes_B, window)
+    tiles_TQ, slots_N = _tiles(gather_BL, blocks), _slots(place_N, blocks, gather_BL.shape[1])
+    q_PD, grad_PD = _take(q_NHD, tiles_TQ), _take(grad_NHD, tiles_TQ)
+    if tiles_TQ.numel() > len(place_N):
+        # Padding must not send gradients to the tokens it repeats: a padded query's own gradient is zero.
+        padding_TQ = torch.ones_like(tiles_TQ, dtype=torch.bool)
+        padding_TQ.view(-1)[slots_N] = False
+        grad_PD.view(len(tiles_TQ), -1, *tiles_TQ.shape[1:], grad_PD.shape[1]).masked_fill_(
+            padding_TQ[:, None, :, None], 0
+        )
+    k_MLD, v_MLD = (_take(x, gather_BL).view(-1, gather_BL.shape[1], x.shape[-1]) for x in (k_NKD, v_NKD))
+    dq_PD = torch.empty_like(q_PD)
     # Several blocks add to one key's gradient: summed in fp32, so that long documents lose nothing.
-    dk_MGLD = torch.zeros_like(k_MGLD, dtype=torch.promote_types(k_MGLD.dtype, torch.float32))
-    dv_MGLD = torch.zeros_like(dk_MGLD)
+    dk_MLD = torch.zeros_like(k_MLD, dtype=torch.promote_types(k_MLD.dtype, torch.float32))
+    dv_MLD = torch.zeros_like(dk_MLD)
     scale = q_NHD.shape[-1] ** -0.5
-    for low, high, first, reach in _blocks(sizes_B, key_heads, window):
-        q_MGQD, k_MSD, v_MSD = q_MGLD[:reach, :, low:high], k_MGLD[:reach, 0, first:high], v_MGLD[:reach, 0, first:high]
-        p_MRS = _probabilities(q_MGQD, k_MSD, window)
-        do_MRD = grad_MGLD[:reach, :, low:high].flatten(1, 2)
+    for block, q_MRD, do_MRD, dq_MRD in _by_block(blocks, k_NKD.shape[1], q_NHD.shape[1], q_PD, grad_PD, dq_PD):
+        k_MSD, v_MSD = (_keys(x_MLD, len(q_MRD), block).contiguous() for x_MLD in (k_MLD, v_MLD))
+        dk_MSD, dv_MSD = (_keys(x_MLD, len(q_MRD), block) for x_MLD in (dk_MLD, dv_MLD))
+        p_MRS = _probabilities(q_MRD, k_MSD, window)
         dp_MRS = torch.bmm(do_MRD, v_MSD.transpose(1, 2))
-        ds_MRS = torch._softmax_backward_data(dp_MRS, p_MRS, -1, p_MRS.dtype).mul_(scale)
-        dq_MGLD[:reach, :, low:high] = torch.bmm(ds_MRS, k_MSD).view_as(q_MGQD)
-        dk_MGLD[:reach, 0, first:high] += torch.bmm(ds_MRS.transpose(1, 2), q_MGQD.flatten(1, 2))
-        dv_MGLD[:reach, 0, first:high] += torch.bmm(p_MRS.transpose(1, 2), do_MRD)
-    dq_NHD, dk_NKD, dv_NKD = (
-        _one_after_another(x.to(q_NHD.dtype), gather_BL, place_N) for x in (dq_MGLD, dk_MGLD, dv_MGLD)
+        ds_MRS = torch._softmax_backward_data(dp_MRS, p_MRS, -1, p_MRS.dtype)
+        dq_MRD.baddbmm_(ds_MRS, k_MSD, beta=0, alpha=scale)
+        dk_MSD.add_(torch.bmm(ds_MRS.transpose(1, 2), q_MRD), alpha=scale)
+        dv_MSD += torch.bmm(p_MRS.transpose(1, 2), do_MRD)
+    length = gather_BL.shape[1]
+    return (
+        _put_back(dq_PD, slots_N, _QUERY_BLOCK, q_NHD),
+        _put_back(dk_MLD, place_N, length, k_NKD),
+        _put_back(dv_MLD, place_N, length, v_NKD),
     )
-    return dq_NHD, dk_NKD, dv_NKD
 
 
 @packed_attention_backward.register_fake
@@ -147,41 +157,79 @@ def _backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:
 packed_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _blocks(sizes_B: Tensor, key_heads: int, window: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first query, past the last query, first key, rows of M that reach so far) of every block of queries."""
+class _Block(NamedTuple):
+    """Queries ``low`` to ``high`` of the ``documents`` that reach so far; they see keys from ``first`` on."""
+
+    low: int
+    high: int
+    first: int
+    documents: int
+
+
+def _blocks(sizes_B: Tensor, window: int) -> list[_Block]:
     sizes = sizes_B.tolist()  # longest first
-    for low in range(0, sizes[0], _QUERY_BLOCK):
-        first = max(0, low - window + 1) if window else 0
-        yield low, low + _QUERY_BLOCK, first, key_heads * sum(size > low for size in sizes)
+    return [
+        _Block(
+            low,
+            low + _QUERY_BLOCK,
+            max(0, low - window + 1) if window else 0,
+            sum(size > low for size in sizes),
+        )
+        for low in range(0, sizes[0], _QUERY_BLOCK)
+    ]
 
 
-def _probabilities(q_MGQD: Tensor, k_MSD: Tensor, window: int) -> Tensor:
+def _by_block(blocks: list[_Block], key_heads: int, heads: int, *flat_PD: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Each block with its part [M, R, D] of every tensor."""
+    at = 0
+    for block in blocks:
+        queries = block.documents * heads * _QUERY_BLOCK
+        parts = (x_PD[at : at + queries].view(block.documents * key_heads, -1, x_PD.shape[1]) for x_PD in flat_PD)
+        yield block, *parts
+        at += queries
+
+
+def _keys(x_MLD: Tensor, rows: int, block: _Block) -> Tensor:
+    """What a block of queries sees; a product makes it contiguous slowly, so do that where it is multiplied by."""
+    return x_MLD[:rows, block.first : block.high]
+
+
+def _tiles(gather_BL: Tensor, blocks: list[_Block]) -> Tensor:
+    """Tokens [T, Q] of the T pairs of a block and a document in it, block after block."""
+    return torch.cat([gather_BL[: block.documents, block.low : block.high] for block in blocks])
+
+
+def _slots(place_N: Tensor, blocks: list[_Block], length: int) -> Tensor:
+    """Where each of the N tokens stands in :func:`_tiles`."""
+    counts = torch.tensor([block.documents for block in blocks], device=place_N.device)
+    document_N, position_N = place_N // length, place_N % length
+    block_N = position_N // _QUERY_BLOCK
+    return ((counts.cumsum(0) - counts)[block_N] + document_N) * _QUERY_BLOCK + position_N % _QUERY_BLOCK
+
+
+def _probabilities(q_MRD: Tensor, k_MSD: Tensor, window: int) -> Tensor:
     """Attention weights [M, R, S] of a block of queries over their documents' keys; the last query is the last key."""
-    groups, queries = q_MGQD.shape[1:3]
-    keys = k_MSD.shape[1]
+    (rows, queries, size), keys = q_MRD.shape, k_MSD.shape[1]
+    scores_MRS = q_MRD.new_empty(rows, queries, keys).baddbmm_(q_MRD, k_MSD.transpose(1, 2), beta=0, alpha=size**-0.5)
+    scores_MGQS = scores_MRS.view(rows, -1, _QUERY_BLOCK, keys)
     # Minus infinity where a query may not look: at keys after its own, and at those its window has left behind.
-    mask_QS = torch.full((queries, keys), float("-inf"), dtype=k_MSD.dtype, device=k_MSD.device)
-    hidden_QS = mask_QS.triu(keys - queries + 1)
+    hidden_QQ = q_MRD.new_full((_QUERY_BLOCK, _QUERY_BLOCK), float("-inf")).triu_(1)
+    scores_MGQS[..., -_QUERY_BLOCK:] += hidden_QQ
     if window:
-        hidden_QS += mask_QS.tril_(keys - queries - window)
-    mask_RS = hidden_QS.repeat(groups, 1)
-    scores_MRS = torch.baddbmm(mask_RS, q_MGQD.flatten(1, 2), k_MSD.transpose(1, 2), alpha=k_MSD.shape[-1] ** -0.5)
+        scores_MGQS += q_MRD.new_full((_QUERY_BLOCK, keys), float("-inf")).tril_(keys - _QUERY_BLOCK - window)
     return torch.softmax(scores_MRS, -1)
 
 
-def _side_by_side(x_NHD: Tensor, gather_BL: Tensor, key_heads: int, sizes_B: Tensor | None = None) -> Tensor:
-    """[N, H, D] -> [M, G, L, D]; with ``sizes_B`` the padding is zero instead of a repeated token."""
-    documents, length = gather_BL.shape
-    padded_BLHD = x_NHD.flatten(1).index_select(0, gather_BL.flatten()).view(documents, length, *x_NHD.shape[1:])
-    if sizes_B is not None:
-        padding_BL = torch.arange(length) >= sizes_B[:, None]
-        padded_BLHD.masked_fill_(padding_BL[:, :, None, None].to(x_NHD.device), 0)
-    padded_BLKGD = padded_BLHD.view(documents, length, key_heads, -1, x_NHD.shape[-1])
-    return padded_BLKGD.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+def _take(x_NHD: Tensor, tokens_XS: Tensor) -> Tensor:
+    """The heads of tokens [X, S], head by head: [X, H, S] rows of D numbers, flattened to one list."""
+    heads, size = x_NHD.shape[1:]
+    rows_XHS = tokens_XS[:, None] * heads + torch.arange(heads, device=tokens_XS.device)[:, None]
+    return x_NHD.reshape(-1, size).index_select(0, rows_XHS.flatten())
 
 
-def _one_after_another(x_MGLD: Tensor, gather_BL: Tensor, place_N: Tensor) -> Tensor:
-    """[M, G, L, D] -> [N, H, D], leaving the padding out."""
-    documents, (_, groups, length, head_dim) = gather_BL.shape[0], x_MGLD.shape
-    tokens_BLKGD = x_MGLD.view(documents, -1, groups, length, head_dim).permute(0, 3, 1, 2, 4)
-    return tokens_BLKGD.reshape(documents * length, -1, head_dim).index_select(0, place_N)
+def _put_back(rows: Tensor, slots_N: Tensor, length: int, like_NHD: Tensor) -> Tensor:
+    """What :func:`_take` took, as [N, H, D] again: token n stands at ``slots_N[n]`` of [X, S], S = ``length``."""
+    heads, size = like_NHD.shape[1:]
+    first_N = slots_N // length * (heads * length) + slots_N % length
+    rows_NH = first_N[:, None] + torch.arange(heads, device=slots_N.device) * length
+    return rows.view(-1, size).index_select(0, rows_NH.flatten()).view_as(like_NHD).to(like_NHD.dtype)

@@ -153,6 +153,14 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the weights of a model folder: by what it is known where adapters and resumed runs come back to it.
+
+    Raises :class:`ModelError` where it has none.
+    """
+    return files.sha256_of_all(weight_files(folder))
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:

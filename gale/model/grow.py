@@ -42,8 +42,8 @@ _AXES: dict[str, tuple[str | None, str | None]] = {
     "mlp.up_proj.weight": ("units", "hidden"),
     "mlp.down_proj.weight": ("hidden", "units"),
     "mlp.gate.weight": (None, "hidden"),
-    "mlp.experts.gate_up_proj": ("gate and up", "hidden"),
-    "mlp.experts.down_proj": ("hidden", "units"),
+    "mlp.experts.gate_up_proj": ("experts' gate and up", "hidden"),
+    "mlp.experts.down_proj": ("hidden", "experts' units"),
     "lm_head.weight": (None, "hidden"),
     "self_attn.q_proj.bias": ("queries", None),
     "self_attn.k_proj.bias": ("keys", None),
@@ -114,6 +114,8 @@ def widen(
     and QK-norm stay as they are; query heads are laid out so that each still meets its own key head. A tied head cannot
     be divided without the embedding, so the final norm is, by n.
 
+    Of a mixture ``intermediate_size`` is that of an expert; feed-forwards between the mixtures grow along.
+
     ``noise`` is the standard deviation of what is added to divided columns, as a share of their root mean square (0.3
     is about the 10 dB of the paper). It sums to zero over the copies of a column, so it changes nothing until the
     copies are trained; without it they would get equal gradients and never part.
@@ -122,15 +124,16 @@ def widen(
     """
     config = model.config
     heads, kv_heads = heads or config.heads, kv_heads or config.kv_heads
-    units = config.experts.intermediate_size if config.experts else config.intermediate_size
+    units, expert_units = config.intermediate_size, config.experts.intermediate_size if config.experts else 0
     hidden = _factor("hidden_size", config.hidden_size, hidden_size)
-    inner = _factor("intermediate_size", units, intermediate_size)
-    units_I = torch.arange(units).repeat(inner)
+    inner = _factor("intermediate_size", expert_units or units, intermediate_size)
+    expert_units_I = torch.arange(expert_units).repeat(inner)
     queries, keys = _heads(config, heads, kv_heads)
     axes = {
         "hidden": torch.arange(config.hidden_size).repeat(hidden),
-        "units": units_I,
-        "gate and up": torch.cat([units_I, units + units_I]),
+        "units": torch.arange(units).repeat(inner),
+        "experts' units": expert_units_I,
+        "experts' gate and up": torch.cat([expert_units_I, expert_units + expert_units_I]),
         "queries": queries,
         "keys": keys,
     }
@@ -160,7 +163,7 @@ def widen(
         intermediate_size=config.intermediate_size * inner,
         heads=heads,
         kv_heads=kv_heads,
-        experts=config.experts and replace(config.experts, intermediate_size=units * inner),
+        experts=config.experts and replace(config.experts, intermediate_size=expert_units * inner),
     )
     return _assembled(grown, weights)
 
@@ -185,6 +188,8 @@ def upcycle(model: Decoder, experts: Experts, *, redrawn: float = 0.0, seed: int
             f"Experts cannot be put into a {config.family} model: the Qwen3-MoE layout has QK-norm, and this has none.",
             hint="Grow it deeper or wider, or take a Qwen3 base.",
         )
+    if config.sliding_window and config.sliding_from_layer:
+        raise ModelError("Experts cannot be put into a model of which some layers have a window: the layout has one.")
     if experts.intermediate_size != config.intermediate_size:
         raise ModelError(
             f"Experts of {experts.intermediate_size} units cannot be copies of a feed-forward that has "

@@ -51,6 +51,7 @@ class LoraLinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
         self.scale = shape.alpha / shape.rank
         self.dropout = shape.dropout
+        self.train(linear.training)  # a new module trains, even beside a model that only answers
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -16,7 +16,7 @@ from gale.registry.transfer import model_files
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # The first line of that name in a model card's front matter.
-_LICENCE = re.compile(r"\A---\n(?:(?!---\n).*\n)*?licen[sc]e: *(.+)\n")
+_LICENCE = re.compile(r"\A---\n(?:(?!---\n).*\n)*?licen[sc]e:(.+)\n")
 
 
 @dataclass(frozen=True, slots=True)

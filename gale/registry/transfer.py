@@ -92,7 +92,8 @@ def export_folder(folder: Path, out: Path, *, dtype: torch.dtype | None = None) 
     """
     config = ModelConfig.load(folder)
     check_weights(folder, config)
-    if out.exists() and (not out.is_dir() or out.resolve() == folder.resolve()):
+    files.refuse_to_replace(out, folder)
+    if out.exists() and not out.is_dir():
         raise GaleError(f"{out} is something else and is not replaced.", hint="Choose another --out.")
     convert = dtype is not None and dtype != stored_dtype(folder)
     weights = {file.name for file in weight_files(folder)} | {"model.safetensors.index.json"}

@@ -42,6 +42,9 @@ from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 # Choices of one request that the engine has at once, so that one client's batch leaves places for others.
 _AT_ONCE = 16
+# Scores of one request, each a token with its log-probability: all are held until the answer is sent, at about 100
+# bytes each, and a small request can ask for very many.
+_MOST_SCORES = 2**21
 
 # Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -126,10 +129,15 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     jobs: list[_Job] = []
+    scored = 0
     for place, prompt in enumerate(body.prompt):
         param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
         ids = _encode(engine, prompt, param) if isinstance(prompt, str) else prompt
-        text = prompt if isinstance(prompt, str) else _text(engine, ids)
+        _check_length(engine, ids, limit, param)
+        scored += copies * (len(ids) * sampling.prompt_logprobs + limit) * (1 + (body.logprobs or 0))
+        if body.logprobs is not None and scored > _MOST_SCORES:
+            raise invalid("logprobs", f"this asks for more than {_MOST_SCORES:,} scores; send fewer prompts at once")
+        text = prompt if isinstance(prompt, str) else _text(engine, ids) if body.echo else ""
         for copy in range(copies):
             # Copies with one seed would all be alike.
             seed = None if body.seed is None else body.seed + copy
@@ -242,6 +250,12 @@ def _encode(engine: Engine, text: str, param: str) -> list[int]:
         return engine.encode(text)
     except ContextLengthError as error:
         raise _too_long(error, param) from error
+
+
+def _check_length(engine: Engine, ids: list[int], max_tokens: int, param: str) -> None:
+    """Refuse what the engine would refuse, before anything is done with megabytes of numbers."""
+    if len(ids) + (max_tokens > 0) > engine.context_length:
+        raise _too_long(ContextLengthError(len(ids), engine.context_length), param)
 
 
 def _too_long(error: ContextLengthError, param: str) -> ApiError:

@@ -168,7 +168,10 @@ class Tokenizer:
         """What one token adds to a text in UTF-8, which may be part of a character; ``b""`` for a control token
         unless asked for, and for a number without a token.
         """
-        spelling = self._backend.id_to_token(token)
+        try:
+            spelling = self._backend.id_to_token(token)
+        except OverflowError:  # negative, or of more than 32 bits
+            return b""
         if spelling is None:
             return b""
         if token in self._added:  # stands as it is; of these, decoding leaves out only those flagged "special"

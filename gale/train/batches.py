@@ -45,6 +45,7 @@ class PackedRows:
 
     ``loss_on`` "all" trains every token; "trained" only those the shards mark (the assistant's). ``long``
     "split" cuts long documents into several pieces (running text); "cut" keeps only the beginning (conversations).
+    Raises :class:`DataError` for a split in which there is nothing to predict.
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class PackedRows:
         starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * row_tokens
         sizes = np.minimum(lengths[documents] - starts, row_tokens)
         self._pieces = np.stack([documents, starts, sizes], axis=1)
+        if loss_on == "trained" and not any(map(self._teaches, self._pieces)):
+            raise DataError(
+                f"No document of the split {split.name!r} has a token to train on among its first {row_tokens}.",
+                hint="Raise row_tokens, or prepare conversations in which the assistant answers.",
+            )
         self._first_rows = [0]  # of the epochs met so far: where each begins in the endless sequence
 
     def batch(self, first_row: int, rows: int) -> Batch:
@@ -103,6 +109,11 @@ class PackedRows:
     def rows_of_epoch(self, epoch: int) -> int:
         """Number of rows in one pass over the split."""
         return len(self._packing(epoch))
+
+    def _teaches(self, piece: npt.NDArray[np.int64]) -> bool:
+        document, start, size = piece
+        _, trained = self._split.document(int(document))
+        return bool(trained[start + 1 : start + size + 1].any())
 
     def _row(self, number: int) -> npt.NDArray[np.int64]:
         while number >= self._first_rows[-1]:

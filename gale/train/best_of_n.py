@@ -46,7 +46,7 @@ class BestOfNRecipe(Recipe):
     answer_tokens: int = Field(ge=1, description="Longest answer.")
     least_reward: float | None = Field(default=None, description="Keep no answer that is worse than this.")
     at_once: int = Field(default=256, ge=1, description="Prompts that are answered and judged together.")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     precision: Precision = "auto"
 
 

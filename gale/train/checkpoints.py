@@ -42,10 +42,13 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: Path, facts: dict[str, Any], machine: dict[str, Any]) -> tuple[int, dict[str, Tensor]] | None:
+def load_checkpoint(
+    run: Path, facts: dict[str, Any], machine: dict[str, Any], *, silent: bool = False
+) -> tuple[int, dict[str, Tensor]] | None:
     """Step and tensors of the newest whole checkpoint, None where there is none yet.
 
-    A damaged one is passed over, aloud; another machine is named, since its sums may round otherwise. Raises
+    A damaged one is passed over, aloud unless ``silent``, as all processes but one are; another machine is named, since
+    its sums may round otherwise. Raises
     :class:`CheckpointError` where the checkpoint belongs to another recipe, other data or another number format, with
     what differs, and where all are damaged.
     """
@@ -58,7 +61,8 @@ def load_checkpoint(run: Path, facts: dict[str, Any], machine: dict[str, Any]) -
             tensors = load_file(folder / "state.safetensors")
             step = int(saved["step"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            _warn(f"Checkpoint {folder.name} is damaged ({error}); trying the one before.")
+            if not silent:
+                _warn(f"Checkpoint {folder.name} is damaged ({error}); trying the one before.")
             damaged = True
             continue
         if differences := _differences(saved, facts):
@@ -66,7 +70,7 @@ def load_checkpoint(run: Path, facts: dict[str, Any], machine: dict[str, Any]) -
                 "\n".join([f"The run in {run} was started differently:", *differences]),
                 hint="Resume with what it was started with, or start anew with another --out.",
             )
-        if changes := _differences(saved, {"machine": machine}):
+        if (changes := _differences(saved, {"machine": machine})) and not silent:
             _warn("\n".join(["From here the curve may differ in the last bits, since the machine does:", *changes]))
         torch.set_rng_state(tensors.pop("torch_rng"))
         return step, tensors

@@ -183,6 +183,11 @@ def dial_recipe(content: dict[str, Any], data: Path, *, depth: int | None, flops
     The vocabulary is that of ``data``, which is prepared for it where need be and ``prepare`` allows; else
     :class:`GaleError` is raised where it cannot be told.
     """
+    if isinstance(model := content.get("model"), dict) and model.get("experts"):
+        raise GaleError(
+            "The dial derives dense models only, and this recipe has experts.",
+            hint="Write the recipe out, or train a dense model by the dial and grow it: `gale train grow`.",
+        )
     vocabulary = vocabulary_of(data)
     if vocabulary is None and prepare:
         vocabulary = int(read_manifest(ready_data(data))["vocabulary_size"])

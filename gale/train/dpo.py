@@ -25,7 +25,7 @@ from gale.core.progress import Bar
 from gale.model.transformer import Decoder
 from gale.train.batches import IGNORED, Batch
 from gale.train.loop import run
-from gale.train.losses import trained_logprobs
+from gale.train.losses import trained_logprobs, with_router_losses
 from gale.train.pairs import PairedRows
 from gale.train.parallel import World
 from gale.train.recipe import DpoRecipe
@@ -79,7 +79,8 @@ class DirectPreference(Objective[Decoder]):
             "chosen_logprob": float(chosen_P.sum()),
             "rejected_logprob": float(rejected_P.sum()),
         }
-        return Loss(loss_P.sum(), rows, len(batch.ids_N), sums)
+        total, routers = with_router_losses(loss_P.sum(), model, rows)
+        return Loss(total, rows, len(batch.ids_N), sums | routers)
 
     def describe(self, first_row: int, rows: int) -> str:
         """The documents of these rows."""

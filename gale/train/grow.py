@@ -16,7 +16,7 @@ from gale.core.errors import ModelError
 from gale.core.progress import console
 from gale.data.prepare import ready_data
 from gale.data.shards import read_manifest
-from gale.model.checkpoint import load_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model
 from gale.model.config import Experts, ModelConfig
 from gale.model.grow import deepen, logit_difference, upcycle, widen
 from gale.model.transformer import Decoder
@@ -26,6 +26,7 @@ from gale.train.model_folder import check_fits, export_decoder
 from gale.train.next_token import next_token
 from gale.train.parallel import World, joined
 from gale.train.recipe import GrowRecipe, Growth
+from gale.train.samples import decoder_samples
 from gale.train.stage import Stage
 
 GROWTH = "growth.json"
@@ -41,7 +42,9 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
     """
     data = ready_data(recipe.data)
     manifest = read_manifest(data)
+    tokenizer = Tokenizer.load(data / "tokenizer")
     check_fits(recipe.base, ModelConfig.load(recipe.base), data, recipe.row_tokens)
+    tokenizer = Tokenizer.load(data / "tokenizer")
     objective = next_token(recipe, data, loss_on="all", long="split")
     base = load_model(recipe.base, dtype=torch.float32)
     grown = grown_from(base, recipe.grow, recipe.seed)
@@ -55,7 +58,7 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
             tell(report)
 
         def export(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
-            export_decoder(model, Tokenizer.load(data / "tokenizer"), folder, dtype)
+            export_decoder(model, tokenizer, folder, dtype)
             files.write_json(folder / GROWTH, report)
 
         stage = Stage(
@@ -69,6 +72,7 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
             objective=objective,
             export=export,
             flops_per_token=grown.config.flops_per_token(recipe.row_tokens),
+            samples=decoder_samples(recipe, tokenizer, grown.config.context_length, chat=False),
         )
         del base, grown
         return run(stage, out, resume=resume)
@@ -125,7 +129,7 @@ def measure(recipe: GrowRecipe, base: Decoder, grown: Decoder) -> dict[str, Any]
             hint="Look whether the base's weights are sound: gale eval tells.",
         )
     return {
-        "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
+        "base_fingerprint": fingerprint(recipe.base),
         "growth": recipe.grow.model_dump(mode="json"),
         "seed": recipe.seed,
         "parameters": {name: sum(p.numel() for p in m.parameters()) for name, m in (("base", base), ("grown", grown))},

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +27,7 @@ from gale.model.transformer import Decoder
 from gale.train.checkpoints import load_checkpoint, save_checkpoint
 from gale.train.metrics import METRICS, MetricsLog, header
 from gale.train.optim import MasterWeights, learning_rate
-from gale.train.parallel import World, joined, shard
+from gale.train.parallel import World, joined, let_go, shard
 from gale.train.report import plot_curves, write_report
 from gale.train.stage import ModelType, Stage
 from gale.train.tensorboard import FOLDER as TENSORBOARD
@@ -70,7 +71,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
     # What must be the same for a resumed run to be the same run. Where files lie may change, what they hold may not.
     facts = {
         "stage": stage.name,
-        "recipe": recipe.model_dump(mode="json", exclude=set(recipe.may_change)),
+        "recipe": recipe.unchangeable(),
         "dtype": str(compute.dtype).removeprefix("torch."),
         **stage.facts,
     }
@@ -88,7 +89,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
         _compile(model)
     optimiser = MasterWeights(model, recipe.optimiser)
     with world.together():  # nobody writes before all have looked
-        start, tokens = _start(stage, out, resume, facts, machine, optimiser)
+        start, tokens = _start(stage, out, resume, facts, machine, optimiser, silent=not world.main)
     resolved = recipe.model_dump(mode="json")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     metrics: MetricsLog | None = None
@@ -106,42 +107,46 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                 f"Going on after step {start}." if start else "There is no checkpoint yet; starting at the beginning."
             )
         for step in range(start, recipe.steps):
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
 
             # Prepare: reinforcement learning lets the model answer here; other stages have nothing to do.
             row: dict[str, Any] = {"step": step + 1, **objective.begin_step(model, step)}
 
             # Compute: the gradient of the mean loss over all items of the step, one micro-batch at a time.
-            sums: dict[str, float] = {"loss": 0.0, "items": 0.0, "tokens": 0.0}
+            sums: dict[str, float] = {"loss": 0.0, "items": 0.0, "tokens": 0.0, "broken": 0.0}
             broken: str | None = None
             for index in range(world.rank, micro_batches, world.size):
                 first = step * recipe.batch_rows + index * recipe.micro_rows
+                torch.manual_seed(_row_seed(recipe.seed, first))
                 loss = objective.loss(model, first, recipe.micro_rows)
                 loss.total.backward()
                 optimiser.collect()
                 value = float(loss.total.detach())
                 if broken is None and not math.isfinite(value):
                     broken = f"loss {value} on {objective.describe(first, recipe.micro_rows)}"
+                    sums["broken"] = 1.0
                 for name, part in {"loss": value, "items": loss.items, "tokens": loss.tokens, **loss.sums}.items():
                     sums[name] = sums.get(name, 0.0) + part
             sums = dict(zip(sums, world.sum(list(sums.values())), strict=True))
-            items, step_tokens = max(1.0, sums.pop("items")), int(sums.pop("tokens"))
+            items, step_tokens, is_broken = max(1.0, sums.pop("items")), int(sums.pop("tokens")), sums.pop("broken") > 0
 
             # Step, unless the weights would be lost by it; the last checkpoint is then still sound.
             rate = learning_rate(recipe.optimiser, step, recipe.steps)
             # Sharded gradients arrive averaged over the processes.
             norm, taken = optimiser.step(rate, gradient_scale=world.size / items)
-            if broken is None and not math.isfinite(norm):
+            if not is_broken and not math.isfinite(norm):
                 rows = objective.describe(step * recipe.batch_rows, recipe.batch_rows)
-                broken = f"gradient norm {norm} on {rows}"
-            with world.together():
-                if broken:
-                    raise GaleError(f"Training broke down at step {step + 1}: {broken}.", hint=_BROKEN_HINT)
+                broken, is_broken = f"gradient norm {norm} on {rows}", True
+            if is_broken:
+                with world.together():
+                    if broken:
+                        raise GaleError(f"Training broke down at step {step + 1}: {broken}.", hint=_BROKEN_HINT)
 
             # Log.
             done = step + 1
             tokens += step_tokens
             seconds = time.perf_counter() - began
+            [cpu_seconds] = world.sum([time.process_time() - began_cpu])
             row |= {"tokens": tokens}
             row |= {name: total / items for name, total in sums.items()}
             row |= {
@@ -149,6 +154,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
                 "gradient_norm": norm,
                 "tokens_per_second": round(step_tokens / seconds, 1),
                 "seconds": round(seconds, 4),
+                "cpu_seconds": round(cpu_seconds, 4),
             }
             if not taken:
                 row["skipped"] = 1
@@ -185,6 +191,11 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
     return _finish(stage, model, optimiser, out, metrics, result, tokens, compute, world)
 
 
+def _row_seed(seed: int, row: int) -> int:
+    """The seed of what is drawn for a row, such as what LoRA drops out: whoever computes it, on whatever device."""
+    return int(np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)[0])
+
+
 def _evaluate(
     stage: Stage[ModelType], model: ModelType, optimiser: MasterWeights, world: World
 ) -> dict[str, dict[str, float]]:
@@ -193,8 +204,10 @@ def _evaluate(
         model.eval()
         row = {"held_out": stage.objective.evaluate(model, world)}
         if optimiser.averages:
+            let_go(model)
             optimiser.refresh(averaged=True)
             row["held_out_average"] = stage.objective.evaluate(model, world)
+            let_go(model)
             optimiser.refresh()
         model.train()
     return row
@@ -228,6 +241,8 @@ def _start(
     facts: dict[str, Any],
     machine: dict[str, Any],
     optimiser: MasterWeights,
+    *,
+    silent: bool,
 ) -> tuple[int, int]:
     """Steps and tokens that are done already."""
     if not resume:
@@ -236,7 +251,7 @@ def _start(
                 f"{out} already holds a run.", hint="Continue it with --resume, or choose another --out."
             )
         return 0, 0
-    found = load_checkpoint(out, facts, machine)
+    found = load_checkpoint(out, facts, machine, silent=silent)
     if found is None:
         return 0, 0
     step, tensors = found

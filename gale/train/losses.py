@@ -17,7 +17,7 @@ from gale.model.transformer import Decoder
 from gale.train.batches import IGNORED, Batch
 
 # Scores of the vocabulary that are widened to fp32 at once: few enough to stay in a processor's cache.
-_WIDE_SCORES = 2**20
+_WIDE_SCORES = 2**18
 
 
 def hidden_states(model: Decoder, batch: Batch) -> Tensor:
@@ -30,6 +30,18 @@ def token_values(model: RewardModel, batch: Batch) -> Tensor:
     """Values [N] of a batch's tokens, fp32 and differentiable, on the model's device."""
     values_N: Tensor = model(*_inputs(model.config, batch, model.score.weight.device))
     return values_N
+
+
+def with_router_losses(total: Tensor, model: Decoder, items: int) -> tuple[Tensor, dict[str, float]]:
+    """``total`` with the gradient of the routers' losses, weighed as the configuration says, but without their value.
+
+    Also the losses themselves, for ``items`` items, by name. Nothing is added, and none named, for a dense model.
+    """
+    routers = {name: value * items for name, value in model.auxiliary_losses().items()}
+    for name, value in routers.items():
+        weighted = getattr(model.config.experts, name) * value
+        total = total + (weighted - weighted.detach())
+    return total, {name: float(value.detach()) for name, value in routers.items()}
 
 
 def _inputs(config: ModelConfig, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, PackedAttention]:
@@ -64,27 +76,34 @@ def token_logprobs(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """The gradient of the scores is (p - onehot of the target) times the row's own number, which can as well multiply
+    the narrow rows of ``x`` and of its gradient. So p is all the backward pass needs, and it is cheapest to write it
+    over the scores while they are at hand: no exponential is computed twice, nothing wide is touched again.
+    """
+
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
         scores_TV = x_TC @ weight_VC.T
-        normaliser_T = torch.empty(len(x_TC), dtype=torch.float32, device=x_TC.device)
-        for low, high in _chunks(scores_TV):
-            torch.logsumexp(scores_TV[low:high].float(), dim=-1, out=normaliser_T[low:high])
-        ctx.save_for_backward(x_TC, weight_VC, targets_T, normaliser_T)
-        ctx.scores_TV = scores_TV  # not saved_tensors: the backward pass overwrites them with their gradient
-        return scores_TV.gather(1, targets_T[:, None]).squeeze(1).float() - normaliser_T
-
-    @staticmethod
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x_TC, weight_VC, targets_T, normaliser_T = ctx.saved_tensors
-        scores_TV, ctx.scores_TV = ctx.scores_TV, None
+        tokens_T = torch.arange(len(x_TC), device=x_TC.device)
+        logprobs_T = scores_TV[tokens_T, targets_T].float()
         for low, high in _chunks(scores_TV):
             wide = scores_TV[low:high].float()
-            wide.sub_(normaliser_T[low:high, None]).exp_().mul_(-grad_T[low:high, None])
-            wide.scatter_add_(1, targets_T[low:high, None], grad_T[low:high, None])
-            scores_TV[low:high] = wide
+            p = torch.softmax(wide, -1)
+            # The largest p is 1 / sum(exp(score - largest score)), which gives the normaliser without another pass.
+            logprobs_T[low:high] -= wide.amax(-1) - p.amax(-1).log()
+            scores_TV[low:high] = p
+        # p - 1, without the rounding of p where the target is nearly certain.
+        scores_TV[tokens_T, targets_T] = logprobs_T.expm1().to(scores_TV.dtype)
+        ctx.save_for_backward(x_TC, weight_VC, scores_TV)
+        return logprobs_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
+        x_TC, weight_VC, error_TV = ctx.saved_tensors
+        factor_T1 = -grads[0][:, None].to(x_TC.dtype)
+        grad_TC = (error_TV @ weight_VC).mul_(factor_T1)
         # A frozen head (LoRA) needs no gradient, which would be as wide as the vocabulary.
-        return scores_TV @ weight_VC, scores_TV.T @ x_TC if ctx.needs_input_grad[1] else None, None
+        return grad_TC, error_TV.T @ (x_TC * factor_T1) if ctx.needs_input_grad[1] else None, None
 
 
 def _chunks(scores_TV: Tensor) -> list[tuple[int, int]]:

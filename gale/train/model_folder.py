@@ -45,11 +45,17 @@ def check_fits(base: Path, config: ModelConfig, data: Path, row_tokens: int) -> 
         )
     if row_tokens > config.context_length:
         raise DataError(f"row_tokens is {row_tokens}, but {base} reads {config.context_length} at most.")
-    own, known = Tokenizer.load(base).vocabulary, used.vocabulary
-    if own != known:
-        differing = sorted({token for token, _ in own.items() ^ known.items()})
+    if differing := differing_tokens(Tokenizer.load(base), used):
         raise DataError(
             f"The data in {data} was tokenised with another vocabulary than that of the model {base}: "
-            f"they differ in {len(differing)} tokens, the first being {differing[0]!r}.",
+            f"they {differing}.",
             hint=_HINT,
         )
+
+
+def differing_tokens(one: Tokenizer, other: Tokenizer) -> str:
+    """How two vocabularies differ, for a message; "" where the same tokens have the same numbers."""
+    if one.vocabulary == other.vocabulary:
+        return ""
+    differing = sorted({token for token, _ in one.vocabulary.items() ^ other.vocabulary.items()})
+    return f"differ in {len(differing)} tokens, the first being {differing[0]!r}"

@@ -12,7 +12,7 @@ from gale.core.errors import DataError
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.transformer import Decoder
 from gale.train.batches import PackedRows
-from gale.train.losses import trained_logprobs
+from gale.train.losses import trained_logprobs, with_router_losses
 from gale.train.parallel import World
 from gale.train.recipe import StageRecipe
 from gale.train.stage import Loss, Objective
@@ -36,11 +36,8 @@ class NextToken(Objective[Decoder]):
         batch = self.training.batch(first_row, rows)
         nats: Tensor = -trained_logprobs(model, batch).sum()
         items = batch.trained_tokens
-        routers = {name: value * items for name, value in model.auxiliary_losses().items()}
-        for name, value in routers.items():
-            weighted = getattr(model.config.experts, name) * value
-            nats = nats + (weighted - weighted.detach())  # its gradient without its value
-        return Loss(nats, items, len(batch.ids_N), {name: float(value.detach()) for name, value in routers.items()})
+        nats, routers = with_router_losses(nats, model, items)
+        return Loss(nats, items, len(batch.ids_N), routers)
 
     def describe(self, first_row: int, rows: int) -> str:
         """The documents of these rows."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gale.core.cluster import joined_ray
 from gale.core.errors import GaleError
 from gale.core.recipe import Recipe
 
@@ -24,32 +25,26 @@ def run_on_ray(
 
     Raises what ``train`` raises, and :class:`GaleError` where Ray is not installed or the cluster cannot be reached.
     """
-    try:
-        import ray
-        from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        raise GaleError("Ray is not installed.", hint="pip install 'gale-llm[ray]'") from error
 
     def worker(config: dict[str, Any]) -> None:
         train(type(recipe).model_validate(config), out, resume=resume)
 
-    try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise GaleError(f"The Ray cluster {address} cannot be reached: {error}") from error
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=recipe.model_dump(mode="json"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
-        run_config=RunConfig(name="ray", storage_path=str(out.resolve())),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:  # Ray wraps what a worker raised in an error of its own, several deep
-        if (cause := _gale_error(error)) is not None:
-            raise cause from error
-        raise
+    with joined_ray(address, show_workers=True):
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=recipe.model_dump(mode="json"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+            run_config=RunConfig(name="ray", storage_path=str(out.resolve())),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:  # Ray wraps what a worker raised in an error of its own, several deep
+            if (cause := _gale_error(error)) is not None:
+                raise cause from error
+            raise
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return summary
 

@@ -117,9 +117,9 @@ class MasterWeights:
                 parameter.copy_(source)
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The weights to export, by name, gathered on the CPU from all processes; all must ask together."""
+        """The weights to export, by name, gathered from all processes; all must ask together."""
         sources = self.averages or self.masters
-        return {name: gathered(source).cpu() for name, source in zip(self.names, sources, strict=True)}
+        return {name: gathered(source) for name, source in zip(self.names, sources, strict=True)}
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as named whole tensors; all processes must ask together."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gale.core.errors import GaleError
@@ -87,17 +87,31 @@ def shard(model: nn.Module, world: World) -> None:
     """Spread the parameters of ``model`` over all processes, gathered layer by layer when they are needed."""
     if world.size == 1:
         return
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # sums of many processes lose too much in bf16
     for module in model.modules():
         if isinstance(module, Block):
-            fully_shard(module)
+            fully_shard(module, mp_policy=precision)
     # The root's own parameters (embedding, head) stay gathered between forward and backward, so the head may be used
     # outside the forward pass, as the losses do.
-    fully_shard(model, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False, mp_policy=precision)
+
+
+def let_go(model: nn.Module) -> None:
+    """Forget what a forward pass without a backward left gathered; call it wherever weights are changed after one.
+
+    Otherwise the next forward pass would find the old embedding and head, and take them for the present ones.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over the processes; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole of a tensor that may be spread over the processes; all of them must ask.
+
+    It lies on the CPU then, so that no card has to hold more than one such tensor beside its own share of all.
+    """
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def spread_like(whole: Tensor, example: Tensor) -> Tensor:

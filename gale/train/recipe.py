@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -87,7 +87,7 @@ class StageRecipe(Recipe):
     micro_rows: int = Field(ge=1, description="Rows computed at once; the rest is accumulated.")
     row_tokens: int = Field(ge=16, description="Tokens of a row, into which documents are packed.")
     optimiser: Optimiser
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = Field(
         default=False, description="torch.compile: slower to start, faster to run; needs a C++ compiler."
@@ -102,10 +102,24 @@ class StageRecipe(Recipe):
     tensorboard: bool = Field(default=False, description="Also write event files for TensorBoard.")
     export: Literal["bf16", "fp32"] = Field(default="bf16", description="Number format of the finished model.")
 
+    def unchangeable(self) -> dict[str, Any]:
+        """The recipe as plain data without the keys that a resumed run may change."""
+        content = self.model_dump(mode="json")
+        for key in self.may_change:
+            table, _, name = key.rpartition(".")
+            (content if not table else content.get(table) or {}).pop(name, None)
+        return content
+
     @model_validator(mode="after")
     def _micro_divides(self) -> StageRecipe:
         if self.batch_rows % self.micro_rows:
             raise ValueError(f"batch_rows ({self.batch_rows}) must be a multiple of micro_rows ({self.micro_rows})")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_have_prompts(self) -> StageRecipe:
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError("sample_every asks for sample_prompts, and there are none")
         return self
 
 
@@ -146,6 +160,8 @@ class Lora(Recipe):
 class TuningRecipe(StageRecipe):
     """What stages have in common that start from a model: all of it is trained, or adapters beside it."""
 
+    may_change: ClassVar[frozenset[str]] = StageRecipe.may_change | {"lora.adapter"}
+
     base: Path = Field(description="Model folder to start from.")
     lora: Lora | None = Field(default=None, description="Train adapters instead of the whole model.")
 
@@ -176,6 +192,12 @@ class RewardRecipe(PreferenceRecipe):
     centre: float = Field(
         default=0.01, ge=0, description="Weight of the squared sum of a pair's rewards, which holds them near 0."
     )
+
+    @model_validator(mode="after")
+    def _writes_nothing(self) -> RewardRecipe:
+        if self.sample_every:
+            raise ValueError("a reward model writes nothing: leave out sample_every")
+        return self
 
 
 class DpoRecipe(PreferenceRecipe):

@@ -16,12 +16,14 @@ from gale.core.page import Markup, code, facts, figures, folded, page, section, 
 from gale.train.run_log import RunLog, read_run
 
 REPORT = "report.html"
+_LOSS_UNITS = {"reward": "nats per pair", "dpo": "per pair", "grpo": "per token", "ppo": "per token"}
+_MORE_IS_BETTER = ("_accuracy", "_reward", "_gold")  # ends of held-out figures that are no losses
 _TITLES = {  # of what every run measures, with units; anything else is called by its own name
-    "loss": ("Loss", "nats per token"),
     "learning_rate": ("Learning rate", ""),
     "gradient_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Throughput", "tokens per second"),
     "kl": ("KL divergence", "nats, from the reference model"),
+    "held_out": ("Held out", "more is better"),
 }
 _MOST_TABLE_ROWS = 30
 _SAMPLES_FROM_STEPS = 6
@@ -34,7 +36,7 @@ def write_report(run: Path) -> Path:
     recipe: dict[str, Any] = header.pop("recipe", None) or {}
     parts: list[Markup] = [tiles(_tiles(log, header))]
     if log.rows:
-        parts.append(section("Curves", figures(_charts(log))))
+        parts.append(section("Curves", figures(_charts(log, _loss_unit(header)))))
     if samples := _samples(log):
         parts.append(section("Samples", table(["step", "prompt", "the model goes on"], samples, prose=True)))
     details: list[Markup] = []
@@ -50,9 +52,10 @@ def write_report(run: Path) -> Path:
 
 
 def plot_curves(metrics: Path, out: Path, *, title: str) -> None:
-    """Draw training and held-out loss over tokens as an SVG file, for model cards."""
+    """Draw training and held-out loss over tokens as an SVG file, for model cards; ``title`` is the stage."""
     lines, x_label = _loss_lines(read_run(metrics.parent))
-    files.write_bytes(out, standalone_chart(lines, title=title, x_label=x_label, y_label="loss (nats per token)"))
+    unit = _LOSS_UNITS.get(title, "nats per token")
+    files.write_bytes(out, standalone_chart(lines, title=title, x_label=x_label, y_label=f"loss ({unit})"))
 
 
 def to_toml(recipe: dict[str, Any]) -> str:
@@ -106,11 +109,12 @@ def _tiles(log: RunLog, header: dict[str, Any]) -> list[tuple[str, str, str]]:
     last, series = log.rows[-1], log.series()
     found: list[tuple[str, str, str]] = []
     if "loss" in last:
-        found.append(("Training loss", f"{last['loss']:.4f}", f"nats per token, step {last['step']:,}"))
+        found.append(("Training loss", f"{last['loss']:.4f}", f"{_loss_unit(header)}, step {last['step']:,}"))
     for name, (indices, values) in series.items():
         if name.startswith("held_out/"):
-            best = min(range(len(values)), key=values.__getitem__)
-            note = f"lowest {values[best]:.4f}, step {log.rows[indices[best]]['step']:,}"
+            choose, extreme = (max, "highest") if name.endswith(_MORE_IS_BETTER) else (min, "lowest")
+            best = choose(range(len(values)), key=values.__getitem__)
+            note = f"{extreme} {values[best]:.4f}, step {log.rows[indices[best]]['step']:,}"
             found.append((f"Held out: {name.removeprefix('held_out/')}", f"{values[-1]:.4f}", note))
     if "tokens" in last:
         found.append(("Tokens", count(last["tokens"]), f"{last['tokens']:,} read"))
@@ -123,6 +127,14 @@ def _tiles(log: RunLog, header: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
+def _loss_unit(header: dict[str, Any]) -> str:
+    return _LOSS_UNITS.get(str(header.get("stage")), "nats per token")
+
+
+def _is_held_out_loss(name: str) -> bool:
+    return name.startswith("held_out/") and not name.endswith(_MORE_IS_BETTER)
+
+
 def _loss_lines(log: RunLog) -> tuple[list[Line], str]:
     over, x_label = _axis(log)
     series = log.series()
@@ -130,24 +142,24 @@ def _loss_lines(log: RunLog) -> tuple[list[Line], str]:
     x = [over[i] for i in indices]
     lines = [Line("every step", x, values, faint=True)] if len(values) > 40 else []
     lines.append(Line("training (smoothed)" if len(values) > 40 else "training", x, smooth(values)))
-    for colour, name in enumerate(sorted(name for name in series if name.startswith("held_out/")), start=1):
+    for colour, name in enumerate(sorted(filter(_is_held_out_loss, series)), start=1):
         indices, values = series[name]
         lines.append(Line(name.removeprefix("held_out/"), [over[i] for i in indices], values, colour))
     return [line for line in lines if line.x], x_label
 
 
-def _charts(log: RunLog) -> list[tuple[str, str, Markup]]:
+def _charts(log: RunLog, loss_unit: str) -> list[tuple[str, str, Markup]]:
     """Loss first and wide; then every other number, those of one table together."""
     over, x_label = _axis(log)
     lines, _ = _loss_lines(log)
     charts = []
     if lines:
-        charts.append((*_TITLES["loss"], inline_chart(lines, name="loss", x_label=x_label, width=10.4, height=3.4)))
+        charts.append(("Loss", loss_unit, inline_chart(lines, name="loss", x_label=x_label, width=10.4, height=3.4)))
     groups: dict[str, list[Line]] = {}
     for name, (indices, values) in log.series().items():
         group, slash, member = name.rpartition("/")
         # The seconds of a step are its throughput again.
-        if name in ("loss", "seconds") or name.startswith("held_out/"):
+        if name in ("loss", "seconds", "cpu_seconds") or _is_held_out_loss(name):
             continue
         members = groups.setdefault(group if slash else name, [])
         members.append(Line(member if slash else name, [over[i] for i in indices], values, len(members)))

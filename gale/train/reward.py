@@ -20,7 +20,7 @@ from torch import Tensor
 from gale.model.reward_model import RewardModel
 from gale.train.batches import Batch
 from gale.train.loop import run
-from gale.train.losses import token_values
+from gale.train.losses import token_values, with_router_losses
 from gale.train.pairs import PairedRows
 from gale.train.parallel import World
 from gale.train.recipe import RewardRecipe
@@ -55,7 +55,8 @@ class BradleyTerry(Objective[RewardModel]):
             "chosen_reward": float(chosen_P.detach().sum()),
             "rejected_reward": float(rejected_P.detach().sum()),
         }
-        return Loss(total, rows, len(batch.ids_N), sums)
+        total, routers = with_router_losses(total, model.trunk, rows)
+        return Loss(total, rows, len(batch.ids_N), sums | routers)
 
     def describe(self, first_row: int, rows: int) -> str:
         """The documents of these rows."""

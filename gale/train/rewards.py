@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 import torch
 
-from gale.core import files
 from gale.core.device import Compute
 from gale.core.errors import DataError, ModelError, RecipeError
 from gale.data.verifiers import VERIFIERS, VerifierOptions, verify
 from gale.engine.rollouts import Rollout
-from gale.model.checkpoint import weight_files
+from gale.model.checkpoint import fingerprint
 from gale.model.reward_model import RewardModel, load_reward_model
 from gale.text.tokenizer import Tokenizer
 from gale.train.batches import IGNORED, Batch
 from gale.train.losses import token_values
+from gale.train.model_folder import differing_tokens
 from gale.train.prompts import Prompt, PromptSet
 from gale.train.rl_recipe import Reward
 
@@ -95,7 +95,7 @@ class ModelJudge:
                 f"A prompt with its answer may have {row_tokens} tokens, but the reward model {folder} reads "
                 f"{model.config.context_length} at most."
             )
-        return cls(model.requires_grad_(False), files.sha256_of_all(weight_files(folder)), rows)
+        return cls(model.requires_grad_(False), fingerprint(folder), rows)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -128,11 +128,8 @@ def answers_batch(answers: Sequence[Rollout]) -> Batch:
 
 def check_same_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise :class:`ModelError` unless a reward model reads the very tokens that the policy writes."""
-    own, known = Tokenizer.load(folder).vocabulary, tokenizer.vocabulary
-    if own != known:
-        differing = sorted({token for token, _ in own.items() ^ known.items()})
+    if differing := differing_tokens(Tokenizer.load(folder), tokenizer):
         raise ModelError(
-            f"The reward model {folder} has another vocabulary than the model that is trained: "
-            f"they differ in {len(differing)} tokens, the first being {differing[0]!r}.",
+            f"The reward model {folder} has another vocabulary than the model that is trained: they {differing}.",
             hint="Train it from the same base model.",
         )

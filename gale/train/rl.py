@@ -20,22 +20,22 @@ import torch.distributed as dist
 
 from gale.core import files
 from gale.core.device import choose_compute
-from gale.core.errors import DataError, GaleError
+from gale.core.errors import DataError, GaleError, ModelError
 from gale.data.prepare import ready_data
 from gale.data.shards import read_manifest
 from gale.engine.request import SamplingParams
 from gale.engine.rollouts import end_tokens_of, generate
 from gale.model.adapter_folder import load_adapter
-from gale.model.checkpoint import load_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model
 from gale.model.config import ModelConfig
 from gale.model.lora import add_lora
-from gale.model.reward_model import RewardModel, load_reward_model
+from gale.model.reward_model import RewardModel, load_reward_model, reward_config
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from gale.train.advantages import divergence, policy_loss, value_loss
 from gale.train.experience import Actor, Experience, answer_values, gather_experience, sample_seed
 from gale.train.loop import run
-from gale.train.losses import trained_logprobs
+from gale.train.losses import trained_logprobs, with_router_losses
 from gale.train.model_folder import check_fits, export_decoder
 from gale.train.parallel import World
 from gale.train.prompts import PromptSet, prompts_of_split, read_prompts
@@ -43,7 +43,7 @@ from gale.train.rewards import Judge, answers_batch, check_same_vocabulary, judg
 from gale.train.rl_recipe import RlRecipe
 from gale.train.samples import decoder_samples
 from gale.train.stage import Loss, Objective, Stage
-from gale.train.tuning import adapted, adapter_facts, adapter_shape, export_adapter, marker
+from gale.train.tuning import adapter_facts, adapter_shape, export_adapter, marker, with_adapters
 
 
 def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     reward = judge(recipe.reward, tokenizer, everything, compute, **judging)
     gold = judge(recipe.gold, tokenizer, everything, compute, **judging) if recipe.gold else None
     facts: dict[str, Any] = {
-        "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
-        "prompts_fingerprint": _fingerprint(data, recipe),
+        "base_fingerprint": fingerprint(recipe.base),
+        "prompts_fingerprint": _prompts_fingerprint(data, recipe),
         "prompts": len(training.prompts),
         "prompts_too_long": training.left_out,
         "reward": reward.facts,
@@ -69,7 +69,9 @@ def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
     }
     if recipe.critic is not None:
         check_same_vocabulary(recipe.critic, tokenizer)
-        facts["critic_fingerprint"] = files.sha256_of_all(weight_files(recipe.critic))
+        if recipe.row_tokens > (most := reward_config(recipe.critic).context_length):
+            raise ModelError(f"row_tokens is {recipe.row_tokens}, but the critic {recipe.critic} reads {most} at most.")
+        facts["critic_fingerprint"] = fingerprint(recipe.critic)
 
     def build(dtype: torch.dtype) -> Actor:
         critic = None
@@ -80,7 +82,7 @@ def rl(recipe: RlRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
                 critic = RewardModel.from_decoder(load_model(recipe.base, dtype=dtype))
             if recipe.lora is not None:
                 add_lora(critic, adapter_shape(recipe.lora, recipe.base), seed=recipe.seed)
-        return Actor(adapted(load_model(recipe.base, dtype=dtype), recipe), critic)
+        return Actor(with_adapters(load_model(recipe.base, dtype=dtype), recipe), critic)
 
     def export(actor: Actor, folder: Path, dtype: torch.dtype) -> None:
         if recipe.lora is None:
@@ -167,8 +169,8 @@ class Reinforcement(Objective[Actor]):
             clip_low=recipe.clip_low,
             clip_high=recipe.clip_high,
         )
-        total = losses_T.sum()
-        sums = {"clip_fraction": float(clipped_T.sum())}
+        total, routers = with_router_losses(losses_T.sum(), model.policy, len(places_T))
+        sums = {"clip_fraction": float(clipped_T.sum()), **routers}
         if recipe.kl_coefficient and not recipe.kl_in_reward:
             total = total + recipe.kl_coefficient * divergence(logprobs_T, known.reference_A[places_T]).sum()
         if model.critic is not None:
@@ -179,6 +181,7 @@ class Reinforcement(Objective[Actor]):
                 known.returns_A[places_T],
                 clip=recipe.value_clip,
             )
+            total, _ = with_router_losses(total, model.critic.trunk, len(places_T))
             total = total + recipe.value_coefficient * errors_T.sum()
             sums["value_loss"] = float(errors_T.detach().sum())
         return Loss(total, len(places_T), len(batch.ids_N), sums)
@@ -238,7 +241,7 @@ def _prompts(
     return training, held_out, data
 
 
-def _fingerprint(data: Path | None, recipe: RlRecipe) -> str:
+def _prompts_fingerprint(data: Path | None, recipe: RlRecipe) -> str:
     if data is not None:
         return str(read_manifest(data)["fingerprint"])
     return files.sha256(recipe.data)

@@ -31,7 +31,7 @@ class TensorBoardLog:
                 "TensorBoard is not installed.", hint="Install it with: pip install 'gale-llm[tensorboard]'"
             ) from error
         with files.explain_disk_errors(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=keep_until + 1 if keep_until else None)
+            self._writer = SummaryWriter(str(folder), purge_step=keep_until + 1)
 
     def append(self, row: dict[str, Any], *, time: float | None = None) -> None:
         """Write every number of a row, and its samples; ``time`` is when it happened, in seconds since 1970."""

@@ -15,7 +15,7 @@ from gale.core.progress import console
 from gale.data.prepare import ready_data
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.adapter_folder import ADAPTER_CONFIG, load_adapter, read_adapter, save_adapter
-from gale.model.checkpoint import load_model, weight_files
+from gale.model.checkpoint import fingerprint, load_model
 from gale.model.config import ModelConfig
 from gale.model.lora import LoraShape, add_lora
 from gale.model.reward_model import RewardModel, is_reward_model, load_reward_model, reward_config
@@ -42,8 +42,7 @@ def tuned_decoder(
     ``facts`` are those of :class:`gale.train.stage.Stage` beyond the fingerprints.
     """
     config = ModelConfig.load(recipe.base)
-    flops = config.flops_per_token(recipe.row_tokens)
-    stage = _tuned(name, recipe, data, objective, facts, config, flops, _open_decoder, export_decoder)
+    stage = _tuned(name, recipe, data, objective, facts, config, 0.0, _open_decoder, export_decoder)
     tokenizer = Tokenizer.load(data / "tokenizer")
     return replace(stage, samples=decoder_samples(recipe, tokenizer, config.context_length, chat=True))
 
@@ -57,9 +56,8 @@ def tuned_reward_model(
 ) -> Stage[RewardModel]:
     """As :func:`tuned_decoder` for a reward model, which begins as one or as a decoder."""
     config = reward_config(recipe.base) if is_reward_model(recipe.base) else ModelConfig.load(recipe.base)
-    head = 6.0 * config.hidden_size * config.vocabulary_size  # which nobody asks
-    flops = config.flops_per_token(recipe.row_tokens) - head
-    return _tuned(name, recipe, data, objective, facts, config, flops, _open_reward_model, export_reward_model)
+    idle = 6.0 * config.hidden_size * config.vocabulary_size  # of the output head, which nobody asks
+    return _tuned(name, recipe, data, objective, facts, config, idle, _open_reward_model, export_reward_model)
 
 
 def ready_pairs(recipe: PreferenceRecipe) -> tuple[Path, PairedRows, dict[str, PairedRows], dict[str, Any]]:
@@ -88,18 +86,19 @@ def _tuned(
     objective: Objective[ModelType],
     more_facts: Mapping[str, Any],
     config: ModelConfig,
-    flops: float,
+    idle_flops: float,
     open_base: Callable[[Path, torch.dtype], ModelType],
     export_whole: Callable[[ModelType, Tokenizer, Path, torch.dtype], None],
 ) -> Stage[ModelType]:
     check_fits(recipe.base, config, data, recipe.row_tokens)
     facts: dict[str, Any] = {
         "data_fingerprint": read_manifest(data)["fingerprint"],
-        "base_fingerprint": files.sha256_of_all(weight_files(recipe.base)),
+        "base_fingerprint": fingerprint(recipe.base),
         **more_facts,
     }
-    if recipe.lora is not None:
-        flops -= config.flops_per_token(0) / 3  # the gradients of the frozen weights, a third of all but attention
+    flops = config.flops_per_token(recipe.row_tokens) - idle_flops
+    if recipe.lora is not None:  # without the gradients of the frozen weights, a third of all but attention
+        flops -= (config.flops_per_token(0) - idle_flops) / 3
 
     def export(model: ModelType, folder: Path, dtype: torch.dtype) -> None:
         tokenizer = Tokenizer.load(data / "tokenizer")
@@ -113,7 +112,7 @@ def _tuned(
         recipe=recipe,
         data=(data,),
         facts=facts | adapter_facts(recipe),
-        build=lambda dtype: adapted(open_base(recipe.base, dtype), recipe),
+        build=lambda dtype: with_adapters(open_base(recipe.base, dtype), recipe),
         objective=objective,
         export=export,
         flops_per_token=flops,
@@ -121,7 +120,7 @@ def _tuned(
     )
 
 
-def adapted(model: ModelType, recipe: TuningRecipe) -> ModelType:
+def with_adapters(model: ModelType, recipe: TuningRecipe) -> ModelType:
     """``model``, which was loaded from ``recipe.base``, with the recipe's adapters beside it if it asks for any."""
     lora = recipe.lora
     if lora is None:

@@ -58,6 +58,17 @@ def test_what_a_card_says_cannot_command_the_terminal(gale: Gale, folder: Path) 
         assert "\x1b" not in result.out
 
 
+def test_nor_can_names_of_files_and_what_errors_quote(gale: Gale, folder: Path, gale_home: Path) -> None:
+    (folder / "note\x1b[2J.txt").write_text("")
+    gale("model", "import", folder, "--name", "heron")
+    (gale_home / "models" / "heron").rename(gale_home / "models" / "heron\x1b[2J")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["\x1b[2J\ud800"]}))
+    for command in (("list",), ("show", "heron\x1b[2J"), ("show", folder)):
+        result = gale("model", *command)
+        assert "[2J" in result.out + result.err
+        assert "\x1b" not in result.out + result.err
+
+
 @pytest.mark.parametrize(("dtype", "stored"), [(None, "F32"), ("bf16", "BF16"), ("q8_0", "Q8_0")])
 def test_a_gguf_file_is_written_in_the_format_asked_for(
     gale: Gale, tokenizer: Tokenizer, tmp_path: Path, dtype: str | None, stored: str

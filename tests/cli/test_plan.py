@@ -97,3 +97,24 @@ def test_the_two_languages_show_the_same_commands() -> None:
     pages = [(ROOT / "docs" / name).read_text() for name in ("planning.md", "planning.zh.md")]
     english, chinese = (re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for page in pages)
     assert english == chinese
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--parameters", "inf"),
+        ("--parameters", "1e30"),
+        ("--tokens", "inf"),
+        ("--hidden", "-3"),
+        ("--vocabulary", "0"),
+        ("--watts", "-5"),
+        ("--price", "nan"),
+        ("--electricity", "-1"),
+        ("--devices", "0"),
+    ],
+)
+def test_figures_that_no_run_has_are_named(gale: Gale, option: str, value: str) -> None:
+    code, _, errors = gale("plan", "--parameters", "7e9", option, value)
+    assert code == 1
+    assert option in errors
+    assert gale("plan", "--parameters", "7e9", "--layers", "1000000000000")[0] == 2

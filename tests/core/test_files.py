@@ -8,7 +8,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -87,17 +86,15 @@ def test_with_a_marker_only_our_own_folders_are_replaced(tmp_path: Path) -> None
 def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as ended:
         pass
-    dead, old = f".a.{ended.pid}-x", time.time() - 7200
-    for name in (dead, ".a.older", ".a.newer", f".a.{os.getpid()}-x", f".ab.{ended.pid}-x"):
+    others = [f".a.{os.getpid()}-x", f".ab.{ended.pid}-x", ".a.local", ".a.old-copy", f".a.{ended.pid}"]
+    for name in (f".a.{ended.pid}-x", *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("")
-        if name != ".a.newer":
-            os.utime(tmp_path / name, (old, old))
+        os.utime(tmp_path / name, (0, 0))  # however old they are
+    (tmp_path / f".a.{ended.pid}-y").write_text("half a file")
     with files.new_directory(tmp_path / "a"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [f".ab.{ended.pid}-x", ".a.newer", f".a.{os.getpid()}-x", "a"]
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "a"])
 
 
 def test_a_killed_write_leaves_nothing_once_the_same_is_written_again(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +16,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gale.core.errors import DataError, RecipeError
+from gale.core.errors import DataError, GaleError, RecipeError
 from gale.core.recipe import load_recipe
 from gale.data import workers
 from gale.data.mixing import resolve_epochs
-from gale.data.prepare import prepare
+from gale.data.prepare import prepare, ready_data
 from gale.data.recipe import DataRecipe, Source
 from gale.text.tokenizer import Tokenizer
 from tests.data.test_prepare import source, texts
@@ -90,9 +91,9 @@ def recipe(tokenizer: Tokenizer, tmp_path: Path) -> dict[str, Any]:
 def many(tokenizer: Tokenizer, tmp_path: Path) -> dict[str, Any]:
     """All cleaning tables over some thousand documents of several formats: batches enough for several workers."""
     tokenizer.save(tmp_path / "tokenizer")
-    lines = [f"{ENGLISH} {i % 700} {SENTENCES[i % 8]} {'word ' * (i % 11)}{i % 1300}" for i in range(1500)]
+    lines = [f"{ENGLISH} {i % 400} {SENTENCES[i % 8]} {'word ' * (i % 11)}{i % 650}" for i in range(800)]
     lines += [
-        f"{CHINESE}{SENTENCES[i % 8]}第{i % 900}页，电话1380013{i % 1000:04}。{CHINESE[i % 50 :]}" for i in range(1500)
+        f"{CHINESE}{SENTENCES[i % 8]}第{i % 500}页，电话1380013{i % 1000:04}。{CHINESE[i % 50 :]}" for i in range(800)
     ]
     chats = [
         {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": lines[i]}]}
@@ -186,6 +187,28 @@ def test_the_report_is_one_page_with_the_manifests_numbers(recipe: dict[str, Any
         assert word in page
 
 
+def test_file_names_of_any_kind_cost_no_report(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Names from old archives are not UTF-8, and two dollar signs are no formula."""
+    folder = tmp_path / "$x_{$"
+    folder.mkdir()
+    for name, text in ((b"caf\xe9.txt", MENU), (b"<script>.txt", ENGLISH)):
+        (folder / os.fsdecode(name)).write_text(text)
+    manifest = run({**recipe, "sources": [source(folder)]}, tmp_path / "out")
+    assert manifest["sources"][0]["kept"] == 1
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "$x_{$" in re.sub(r"<svg.*</svg>", "", page, flags=re.DOTALL)
+    assert "<script>" not in page
+    assert "caf?.txt" in (tmp_path / "out" / "dropped.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_page_of_nothing_but_notices_is_empty(recipe: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": "This site uses cookies.\nPlease enable JavaScript."}, {"text": ENGLISH}]
+    write_jsonl(tmp_path / "pages.jsonl", rows)
+    quality = {"min_words": 0, "min_characters": 0}
+    manifest = run({**recipe, "quality": quality, "sources": [source(tmp_path / "pages.jsonl")]}, tmp_path / "out")
+    assert [manifest["sources"][0][key] for key in ("empty", "kept")] == [1, 1]
+
+
 def test_weights_are_shares_of_the_training_tokens(many: dict[str, Any], tmp_path: Path) -> None:
     manifest = run(many, tmp_path / "out")
     _, first, second = manifest["sources"]
@@ -241,7 +264,7 @@ def test_a_broken_line_met_by_a_worker_is_named_and_nothing_old_is_lost(many: di
     with (tmp_path / "texts.jsonl").open("a") as file:
         file.write('{"text": 5}\n')
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(DataError, match=r"texts\.jsonl, line 3001: .*'text' is not text"):
+    with pytest.raises(DataError, match=r"texts\.jsonl, line 1601: .*'text' is not text"):
         run({**many, "workers": 2}, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["fingerprint"] == fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -311,9 +334,42 @@ def test_without_ray_the_message_says_what_to_install(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(GaleError) as caught:
         run(recipe, tmp_path / "out", ray="auto")
     assert "pip install 'gale-llm[ray]'" in str(caught.value.hint)
+
+
+def test_a_language_that_does_not_exist_is_named_before_anything_is_dropped(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["languages"] = {"keep": ["en", "cn"]}
+    with pytest.raises(DataError, match="no language 'cn'"):
+        run(recipe, tmp_path / "out")
+
+
+def test_a_folder_of_a_recipe_that_changes_is_prepared_anew(
+    gale_home: Path, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text(ENGLISH)
+    lines = f'tokenizer = "{recipe["tokenizer"]}"\n'
+    for path in ("notes", "note*/*.txt"):
+        lines += f'[[sources]]\npath = "{path}"\nlicence = "CC0"\norigin = "us"\n'
+    (tmp_path / "data.toml").write_text(lines)
+    folder = ready_data(tmp_path / "data.toml")
+    assert texts(folder) == [ENGLISH]
+    assert ready_data(tmp_path / "data.toml") == folder
+    (tmp_path / "notes" / "b.txt").write_text(CHINESE)
+    assert texts(ready_data(tmp_path / "data.toml")) == [ENGLISH, CHINESE]
+
+
+def test_a_ray_cluster_that_is_not_there_is_named_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is an optional extra")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(GaleError, match=f"no Ray cluster at {address}"):
+        run(recipe, tmp_path / "out", ray=address)
 
 
 @pytest.mark.slow
@@ -329,7 +385,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_shards(many: dict[str, Any], 
         assert here == there  # fingerprint and counts
         with (tmp_path / "texts.jsonl").open("a") as file:
             file.write('{"text": 5}\n')
-        with pytest.raises(DataError, match="line 3001"):
+        with pytest.raises(DataError, match="line 1601"):
             run(many, tmp_path / "again", ray=cluster.address)
     finally:
         cluster.shutdown()

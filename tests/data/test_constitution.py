@@ -178,6 +178,11 @@ def test_prompts_are_text_or_conversations_each_once(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "?"}]
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "One"}, {"prompt": talk}, {"prompt": "One"}])
     assert read_prompts(path) == [[{"role": "user", "content": "One"}], talk]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "One\u2028two"}])
+    assert read_prompts(path) == [[{"role": "user", "content": "One\u2028two"}]]
+    (tmp_path / "half.jsonl").write_text('{"prompt": "One"}\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"line 2: not a prompt: .*surrogates"):
+        read_prompts(tmp_path / "half.jsonl")
     for row, reason in (({"text": "a"}, "'prompt' is missing"), ({"prompt": talk[:2]}, "not the user's")):
         with pytest.raises(DataError, match=f"line 2: not a prompt: .*{reason}"):
             read_prompts(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "One"}, row]))

@@ -10,7 +10,7 @@ import pytest
 from gale.core.recipe import load_recipe
 from gale.data.cleaning_recipe import Step
 from gale.data.prepare import prepare
-from gale.data.recipe import DataRecipe, Source
+from gale.data.recipe import FORMAT_KEYS, DataRecipe, Source
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "smoke" / "data-clean.toml"
@@ -24,7 +24,7 @@ def test_the_page_shows_the_recipe_and_names_every_step_and_key_of_a_source(page
     assert shown[1] == RECIPE.read_text(encoding="utf-8")
     for step in Step.__args__:
         assert f"`[{step}]`" in text
-    for key in Source.model_fields.keys() - {"licence", "origin", "questions"}:
+    for key in (*Source.model_fields.keys() - {"licence", "origin"}, *FORMAT_KEYS):
         assert re.search(rf"`{key}`", text), key
 
 

@@ -103,13 +103,19 @@ def test_evaluation_ngrams_are_found_within_longer_texts_of_either_language(tmp_
         {"against": [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.txt")}]}
     )
     index, reports = index_evaluations(recipe)
+
+    def found(text: str) -> str | None:
+        overlap = index.overlap(TextUnits(text))
+        assert overlap is None or overlap[1].replace(" ", "") in text.lower().replace(" ", "")
+        return overlap and overlap[0]
+
     assert [(report["texts"], report["too_short"]) for report in reports] == [(2, 1), (1, 0)]
-    assert index.file_in(TextUnits(f"Some words before. {question.upper()} And after.")) == "a.jsonl"
-    assert index.file_in(TextUnits(f"他写道：{passage}大家都笑了。")) == "b.txt"
-    assert index.file_in(TextUnits(f"{'An English page that quotes it: ' * 9}{passage}")) == "b.txt"
-    assert index.file_in(TextUnits("Which of the two herons that stood in the shallow water was it?")) is None
-    assert index.file_in(TextUnits(passage[:15])) is None
-    assert all(index.file_in(TextUnits(sentence)) is None for sentence in SENTENCES)
+    assert found(f"Some words before. {question.upper()} And after.") == "a.jsonl"
+    assert found(f"他写道：{passage}大家都笑了。") == "b.txt"
+    assert found(f"{'An English page that quotes it: ' * 9}{passage}") == "b.txt"
+    assert found("Which of the two herons that stood in the shallow water was it?") is None
+    assert found(passage[:15]) is None
+    assert all(found(sentence) is None for sentence in SENTENCES)
 
 
 def test_evaluations_that_cannot_be_looked_for_are_named(tmp_path: Path) -> None:

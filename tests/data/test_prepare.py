@@ -165,6 +165,11 @@ def test_damaged_prepared_data_is_a_message(recipe: dict[str, Any], tmp_path: Pa
     np.save(out / "train-00000.trained.npy", np.ones(3, np.bool_))
     with pytest.raises(DataError, match="different lengths"):
         TokenSplit(out, "train")
+    manifest = json.loads((out / "manifest.json").read_text())
+    for split in ({}, [], {"bytes": 1, "shards": [3]}, {"bytes": 1, "shards": None}):
+        (out / "manifest.json").write_text(json.dumps({**manifest, "splits": {"train": split}}))
+        with pytest.raises(DataError, match="damaged"):
+            TokenSplit(out, "train")
     with pytest.raises(DataError, match=r"no split 'dev'.*") as caught:
         TokenSplit(out, "dev")
     assert "train" in str(caught.value.hint)

@@ -63,6 +63,25 @@ def test_parquet_holds_the_same_documents_as_json_lines(tmp_path: Path) -> None:
     )
 
 
+def test_columns_that_a_format_does_not_need_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time in nanoseconds, as pandas writes it, can be no Python object without pandas."""
+    rows = {"ask": ["a", "b"], "output": ["c", "d"], "source": ["s", "t"], "tools": [None, "x"]}
+    table = pa.table({**rows, "at": pa.array([1, 2], pa.timestamp("ns"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    asked: list[Any] = []
+    read_batches = pq.ParquetFile.iter_batches
+
+    def iter_batches(*arguments: Any, columns: Any) -> Any:
+        asked.append(columns)
+        return read_batches(*arguments, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    options: dict[str, Any] = {"format": "instruction", "fields": {"instruction": "ask"}}
+    assert len(read(tmp_path / "a.parquet", **options)) == 2
+    assert len(read(tmp_path / "a.parquet", only=["t"], **options)) == 1
+    assert asked == [["ask", "output", "source", "tools"], ["ask", "output", "source", "tools"]]
+
+
 def test_parquet_without_the_column_and_a_damaged_one_are_named(tmp_path: Path) -> None:
     table = write_parquet(tmp_path / "a.parquet", [{"content": "x"}])
     with pytest.raises(DataError, match="no column 'text'") as caught:
@@ -102,8 +121,11 @@ def test_a_text_in_another_encoding_is_broken_until_the_recipe_names_it(tmp_path
     with pytest.raises(DataError, match=r"a\.txt: .*utf-8.*gb18030"):
         read(tmp_path / "a.txt")
     assert texts(tmp_path / "a.txt", encoding="gb18030") == ["白鹭站在浅水里。"]
-    with pytest.raises(ValidationError, match="unknown encoding"):
-        make(tmp_path / "a.txt", encoding="klingon")
+    for encoding, says in (("klingon", "unknown encoding"), ("rot13", "not a text encoding")):
+        with pytest.raises(ValidationError, match=says):
+            make(tmp_path / "a.txt", encoding=encoding)
+    with pytest.raises(DataError, match=r"a\.txt: .*undefined"):
+        read(tmp_path / "a.txt", encoding="undefined")
 
 
 def test_a_folder_and_a_pattern_are_read_in_sorted_order(tmp_path: Path) -> None:

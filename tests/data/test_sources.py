@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gale.core.errors import DataError
+from gale.data import readers
 from gale.data.clean import normalise
 from gale.data.recipe import Source
 from gale.data.sources import Document, _window, read_documents
@@ -49,6 +50,39 @@ def test_packed_files_that_were_joined_are_read_to_the_end(tmp_path: Path, pack:
     path = tmp_path / ("a.gz" if pack is gzip.compress else "a.zst")
     path.write_bytes(pack(LINES) + pack(LINES))
     assert len(read(path)) == 2 * len(SENTENCES)
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_the_suffix_may_be_in_capitals(tmp_path: Path, name: str) -> None:
+    (tmp_path / name.upper()).write_bytes(PACKERS[name](LINES))
+    assert [document.text for document in read(tmp_path / name.upper())] == list(SENTENCES)
+
+
+def test_lines_longer_than_what_is_read_at_once_are_whole(tmp_path: Path) -> None:
+    long = "word " * 700_000
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": long}, {"text": "b"}])
+    assert [document.text for document in read(tmp_path / "a.jsonl")] == ["a", long, "b"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_a_small_file_that_unpacks_without_end_is_refused(
+    tmp_path: Path, name: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_MOST_BYTES", 2**24)
+    content = bytes(2**25)
+    path = tmp_path / (name + packing)
+    path.write_bytes(gzip.compress(content) if packing == ".gz" else zstandard.ZstdCompressor().compress(content))
+    assert path.stat().st_size < 2**16
+    with pytest.raises(DataError, match=r"a document of more than 16,777,216 bytes"):
+        read(path)
+
+
+def test_zstandard_is_unpacked_in_small_pieces(tmp_path: Path) -> None:
+    """One MiB of it can stand for 32 GiB."""
+    (tmp_path / "a.zst").write_bytes(zstandard.ZstdCompressor().compress(bytes(2**28)))
+    assert (tmp_path / "a.zst").stat().st_size > 2 * readers._ZSTD_READ
+    assert max(map(len, readers._chunks(tmp_path / "a.zst", lambda _: None))) < 2**27 + 2**18
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])

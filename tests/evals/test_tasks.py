@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from gale.cli.terminal import printable
+from gale.core import files
 from gale.core.errors import DataError, RecipeError
 from gale.core.recipe import load_recipe
 from gale.engine.local import LocalEngine
@@ -270,6 +272,18 @@ def test_the_whole_evaluation_says_the_same_twice_and_its_pages_show_it(tmp_path
         row = f"| {score['task']} | {score['metric']} | {score['value']:.3f} |"
         assert row in to_markdown(first)
         assert f"{score['chance']:.3f}" in page
+
+
+def test_rows_with_half_characters_and_dollars_cost_no_report(tmp_path: Path, folder: Path) -> None:
+    rows = [{**row, "field": "$a|_{$\ud800<b>", "good": row["good"] + "\ud800"} for row in pair_rows(4)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"name": "pairs", "kind": "pairs", "group": "field", "path": str(tmp_path / "p.jsonl")}
+    report = evaluate(folder, recipe({**pairs, "licence": "CC0", "origin": "written for this test"}))
+    files.write_json(tmp_path / "report.json", report)
+    files.write_text(tmp_path / "report.html", to_html(report))
+    assert "<b>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert r"| $a\|_{$" in printable(to_markdown(report))
+    assert printable(to_markdown(report)).encode()
 
 
 def test_bits_per_byte_has_an_interval_over_texts(model: Decoder, tokenizer: Tokenizer) -> None:

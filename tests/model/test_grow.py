@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import gale
 from gale.core.errors import ModelError
 from gale.model.attention import PackedAttention
+from gale.model.checkpoint import load_model
 from gale.model.config import Experts, ModelConfig
 from gale.model.grow import deepen, logit_difference, upcycle, widen
 from gale.model.transformer import Decoder
@@ -48,7 +51,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "experts": {"family": "qwen3_moe", "experts": Experts(4, 2, 24)},
     "experts in some layers": {
         "family": "qwen3_moe",
-        "experts": Experts(4, 2, 80, every=2),
+        "experts": Experts(4, 2, 24, every=2),
         "tied_embeddings": False,
     },
 }
@@ -266,6 +269,14 @@ def test_exactly_the_stated_share_of_each_experts_units_is_redrawn_with_their_st
     assert logit_difference(model, grown)[0] > 0.1  # not function-preserving, and nobody says so
 
 
+def test_a_trained_model_grows_within_rounding() -> None:
+    model = load_model(Path(gale.__file__).parent / "registry/builtin/gale-0", dtype=torch.float32)
+    sizes = {"hidden_size": 512, "intermediate_size": 1280, "heads": 8, "kv_heads": 4}
+    for grown in (deepen(model, 8), widen(model, **sizes), upcycle(model, Experts(4, 2, 640))):
+        difference, largest = logit_difference(model, grown)
+        assert difference < 5e-6 * largest
+
+
 REFUSED: dict[str, tuple[Callable[[], Decoder], str]] = {
     "as deep": (lambda: deepen(source(), 3), "not make it deeper"),
     "shallower": (lambda: deepen(source(), 2), "3 layers"),
@@ -277,6 +288,10 @@ REFUSED: dict[str, tuple[Callable[[], Decoder], str]] = {
     "more key heads than their queries": (lambda: widen(source(), heads=12, kv_heads=8), "unequal numbers of queries"),
     "experts of experts": (lambda: upcycle(upcycle(source(), MIX), MIX), "already"),
     "experts of a llama": (lambda: upcycle(source(family="llama", qk_norm=False), MIX), "QK-norm"),
+    "experts of which only the upper could have a window": (
+        lambda: upcycle(source(sliding_window=7, sliding_from_layer=2), MIX),
+        "layers have a window",
+    ),
     "experts of another size": (lambda: upcycle(source(), Experts(4, 2, 40)), "40 units .* has 80"),
     "weights that do not sum to 1": (lambda: upcycle(source(), Experts(4, 2, 80, normalise=False)), "sum to 1"),
 }

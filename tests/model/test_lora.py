@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gale.core.errors import ModelError
+from gale.core.errors import GaleError, ModelError
 from gale.model.adapter_folder import load_adapter, merge_adapter, open_with_adapter, save_adapter
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model, save_model
@@ -19,7 +19,7 @@ from gale.model.lora import LoraShape, adapted, add_lora, merge_lora
 from gale.model.reward_model import RewardModel, load_reward_model, save_reward_model
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
-from tests.tiny_model import make_model
+from tests.tiny_model import MIXTURE, make_model
 
 IDS = torch.arange(1, 24)
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -61,6 +61,14 @@ def test_a_fresh_adapter_changes_no_bit(base: Path, dtype: torch.dtype) -> None:
     assert torch.equal(logits(model.eval()), before)
 
 
+def test_beside_a_model_that_only_answers_nothing_drops_out(base: Path) -> None:
+    model = load_model(base, dtype=torch.float32)
+    add_lora(model, LoraShape(rank=4, alpha=8, dropout=0.5), seed=1)
+    shake(model)
+    assert torch.equal(logits(model), logits(model))
+    assert not torch.equal(logits(model.train()), logits(model))
+
+
 def test_only_adapters_are_trained_and_every_one_is(base: Path) -> None:
     model = load_model(base, dtype=torch.float32)
     frozen = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -86,6 +94,15 @@ def test_patterns_choose_layers_by_their_names(base: Path) -> None:
     with pytest.raises(ModelError, match="no linear layer 'w_qkv'") as caught:
         add_lora(load_model(base, dtype=torch.float32), LoraShape(rank=2, alpha=2, targets=("w_qkv",)), seed=1)
     assert "q_proj" in str(caught.value.hint)
+
+
+def test_of_a_mixture_of_experts_the_attention_alone_is_adapted(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ModelError, match="stacked weights of a mixture of experts") as caught:
+        add_lora(make_model(tokenizer, **MIXTURE), SHAPE, seed=1)
+    assert "q_proj" in str(caught.value.hint)
+    model = make_model(tokenizer, **MIXTURE)
+    add_lora(model, LoraShape(rank=2, alpha=2, targets=("q_proj", "o_proj")), seed=1)
+    assert len(adapted(model)) == 2 * model.config.layers
 
 
 def test_merging_keeps_the_function(base: Path) -> None:
@@ -183,6 +200,18 @@ def test_a_merged_folder_is_a_whole_model(base: Path, tmp_path: Path) -> None:
     assert "gale train merge" in str(caught.value.hint)
 
 
+def test_merging_replaces_neither_the_base_nor_the_adapter(base: Path, tmp_path: Path) -> None:
+    model = load_model(base, dtype=torch.float32)
+    add_lora(model, SHAPE, seed=1)
+    adapter = base / "adapter"
+    save_adapter(model, adapter, base=base, dtype=torch.float32)
+    for out in (base, adapter):
+        with pytest.raises(GaleError, match="is not replaced"):
+            merge_adapter(adapter, base, out)
+    assert (base / "model.safetensors").is_file()
+    merge_adapter(adapter, base, tmp_path / "merged")
+
+
 def test_an_adapter_for_another_base_is_refused(base: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = load_model(base, dtype=torch.float32)
     add_lora(model, SHAPE, seed=1)
@@ -213,6 +242,11 @@ def test_an_adapter_for_another_base_is_refused(base: Path, tokenizer: Tokenizer
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"r": "many"}, "damaged"),
+        ({"r": 10**12}, "damaged"),
+        ({"r": 0}, "damaged"),
+        ({"lora_alpha": float("inf")}, "damaged"),
+        ({"lora_dropout": 5}, "damaged"),
+        ({"modules_to_save": 3}, "wrong kind"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_name(

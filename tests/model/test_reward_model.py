@@ -15,7 +15,7 @@ from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model, save_model
 from gale.model.reward_model import RewardModel, load_reward_model, save_reward_model
 from gale.text.tokenizer import Tokenizer
-from tests.tiny_model import make_model
+from tests.tiny_model import MIXTURE, make_model
 
 PAD = 0
 
@@ -48,14 +48,14 @@ def test_every_token_has_a_value_in_fp32_and_the_output_head_is_gone(tokenizer: 
     assert not [name for name, _ in model.named_parameters() if "lm_head" in name]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_moe"])
 def test_transformers_gives_the_same_reward(tokenizer: Tokenizer, tmp_path: Path, family: str) -> None:
     transformers = pytest.importorskip("transformers")
-    changes = {"family": family, "qk_norm": family == "qwen3", "qkv_bias": family == "qwen2"}
-    model = make_reward_model(tokenizer, **changes)
+    changes = {"family": family, "qk_norm": family.startswith("qwen3"), "qkv_bias": family == "qwen2"}
+    model = make_reward_model(tokenizer, **(changes | (MIXTURE if family == "qwen3_moe" else {})))
     save_reward_model(model, tmp_path, dtype=torch.float32, pad_token_id=PAD)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager")
-    assert type(theirs).__name__ == f"{family.capitalize()}ForSequenceClassification"
+    assert type(theirs).__name__ == f"{family.title().replace('_', '')}ForSequenceClassification"
     assert theirs.config.num_labels == 1
 
     texts = [torch.arange(1, 20), torch.arange(30, 42)]

@@ -148,6 +148,9 @@ def test_nothing_but_a_model_folder_is_replaced(folder: Path, tmp_path: Path) ->
     for out in (tmp_path / "full", tmp_path / "file", folder):
         with pytest.raises(GaleError, match="not replaced"):
             export_folder(folder, out)
+    (folder.parent / "config.json").write_text("{}")  # a model folder by its look, with the source in it
+    with pytest.raises(GaleError, match="not replaced"):
+        export_folder(folder, folder.parent, dtype=torch.float16)
     assert (folder / "config.json").is_file()
     export_folder(folder, tmp_path / "out")
     export_folder(folder, tmp_path / "out")

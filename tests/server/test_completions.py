@@ -206,6 +206,22 @@ def test_refusals_name_the_prompt_at_fault_and_are_http_errors_even_for_streams(
     assert complete(client, "a").choices[0].text
 
 
+def test_numbers_beyond_any_vocabulary_are_refused_also_where_they_are_to_be_echoed(client: OpenAI) -> None:
+    for token in (10**6, 2**32, 2**63 - 1):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(client, [5, token], echo=True)
+        assert caught.value.param == "prompt"
+
+
+def test_more_scores_than_a_server_can_hold_are_refused(client: OpenAI) -> None:
+    """A few bytes could ask for gigabytes."""
+    for options in ({"max_tokens": 600}, {"echo": True, "max_tokens": 0}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(client, [7] * 600 if "echo" in options else "a", n=256, logprobs=20, **options)
+        assert (caught.value.param, caught.value.code) == ("logprobs", "invalid_value")
+    assert len(complete(client, "a", n=256, max_tokens=1, logprobs=20).choices) == 256
+
+
 def test_a_client_that_leaves_ends_all_its_choices(
     tiny: Live, engine: LocalEngine, model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from gale.core.recipe import Recipe
 from gale.train.recipe import PretrainRecipe
 
 # Keys that measure the machine, not the run.
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "cpu_seconds", "tokens_per_second")
 
 
 def recipe(data: Path, **changes: Any) -> PretrainRecipe:

@@ -115,6 +115,20 @@ def test_little_room_is_wasted(tmp_path: Path) -> None:
     assert sum(size - 1 for size in sizes) / (rows.rows_of_epoch(0) * ROW) > 0.93
 
 
+def test_conversations_whose_answers_are_all_cut_off_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", vocabulary_size=100, shard_tokens=50)
+    for length in (ROW + 2, ROW + 9):
+        writer.add(range(length), [token > ROW for token in range(length)])
+    writer.close()
+    facts = {"documents": 2, "tokens": 2 * ROW + 11, "bytes": 0, "shards": writer.shards}
+    files.write_json(tmp_path / MANIFEST, {"fingerprint": "", "vocabulary_size": 100, "splits": {"train": facts}})
+    split = TokenSplit(tmp_path, "train")
+    with pytest.raises(DataError, match="token to train on among its first 16"):
+        rows_of(split, long="cut", trained=True)
+    rows_of(split, trained=True)
+    rows_of(split, long="cut")
+
+
 @pytest.mark.parametrize("lengths", [[1, 0, 1], []])
 def test_a_split_without_text_is_refused(tmp_path: Path, lengths: list[int]) -> None:
     with pytest.raises(DataError, match="no document of two tokens"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from gale.cli.train import app
 from gale.core.errors import CheckpointError, DataError, GaleError, ModelError
+from gale.core.recipe import load_recipe
 from gale.model.checkpoint import load_model, save_model
 from gale.model.config import ModelConfig
 from gale.model.grow import logit_difference
@@ -172,3 +174,12 @@ def test_the_command_grows_and_trains(prepared: Path, base: Path, tmp_path: Path
     assert "the optimiser starts afresh" in output
     assert "nats per token before" in output
     assert (tmp_path / "run/model/growth.json").is_file()
+
+
+@pytest.mark.parametrize("page", ["growing.md", "growing.zh.md"])
+def test_the_recipes_of_the_page_and_of_the_folder_are_valid(page: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    (content,) = re.findall(r"```toml\n(.*?)```", (root / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "grow.toml").write_text(content, encoding="utf-8")
+    assert load_recipe(tmp_path / "grow.toml", GrowRecipe).grow.layers == 24
+    assert load_recipe(root / "recipes" / "smoke-grow.toml", GrowRecipe).grow.experts is not None

@@ -130,12 +130,11 @@ def test_dpo_raises_the_pass_rate_on_prompts_it_has_not_seen(task: Task, tmp_pat
     fields = COMMON | {"data": str(task.data), "base": str(task.base), "steps": 100}
     optimiser = {"learning_rate": 2e-3, "warmup_steps": 10}
     dpo(DpoRecipe.model_validate(fields | {"optimiser": optimiser}), tmp_path / "run")
-    prompts = task.held_out * 16
-    before, after = (np.array(passes(folder, prompts)) for folder in (task.base, tmp_path / "run/model"))
-    draw = np.random.default_rng(0)
-    resampled = draw.integers(0, len(prompts), (2000, len(prompts)))
-    gains = (after[resampled].mean(1) - before[resampled].mean(1)).tolist()
-    low = float(np.quantile(gains, 0.025))
-    assert after.mean() - before.mean() >= 0.15
+    answers = [passes(folder, task.held_out * 16) for folder in (task.base, tmp_path / "run/model")]
+    before, after = (np.array(each).reshape(16, -1).mean(0) for each in answers)  # the share of each prompt
+    gains = after - before
+    resampled = np.random.default_rng(0).integers(0, len(gains), (2000, len(gains)))
+    low = float(np.quantile(gains[resampled].mean(1), 0.025))
+    assert gains.mean() >= 0.15
     assert low > 0
     assert metrics(tmp_path / "run")[-1]["held_out"]["held_accuracy"] > 0.75

@@ -30,6 +30,8 @@ from gale.train.recipe import DpoRecipe, RewardRecipe, SftRecipe
 from gale.train.reward import BradleyTerry, reward
 from gale.train.sft import sft
 from gale.train.stage import Objective
+from gale.train.tuning import tuned_reward_model
+from tests.tiny_model import MIXTURE
 from tests.train.preferences import ROWS, prepare_pairs, recipe, save_base
 from tests.train.runs import metrics
 
@@ -253,6 +255,17 @@ def test_a_trained_reward_model_is_a_folder_to_train_on_from(data: Path, base: P
         train("dpo", data, tmp_path / "run/model", tmp_path / "refused")
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_mixture_of_experts_learns_preferences_with_its_routers_watched(
+    data: Path, tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    train(name, data, save_base(tokenizer, tmp_path / "base", **MIXTURE), tmp_path / "run", steps=10)
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # the routers' losses are not counted in
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["balance_loss"] > 1
+
+
 def test_adapters_alone_are_trained_and_hold_optimiser_state(prepared: Path, base: Path, tmp_path: Path) -> None:
     before = (base / "model.safetensors").read_bytes()
     wanted = recipe(SftRecipe, prepared, base, lora={"rank": 4}, steps=12, precision="bf16")
@@ -276,12 +289,25 @@ def test_training_goes_on_from_an_adapter_of_this_base_only(
     onward = {"lora": {"adapter": adapter}, "steps": 1}
     sft(recipe(SftRecipe, prepared, base, **onward), tmp_path / "onward")
     assert metrics(tmp_path / "onward")[0]["loss"] < metrics(tmp_path / "run")[0]["loss"]
+    moved = {"lora": {"adapter": shutil.copytree(adapter, tmp_path / "moved")}, "steps": 1}
+    assert sft(recipe(SftRecipe, prepared, base, **moved), tmp_path / "onward", resume=True)["final"]["step"] == 1
     with pytest.raises(ValueError, match="leave out rank"):
         recipe(SftRecipe, prepared, base, lora={"adapter": adapter, "rank": 3})
     other = save_base(tokenizer, tmp_path / "other", norm_eps=1e-5, layers=3)
     with pytest.raises(ModelError, match="another base"):
         sft(recipe(SftRecipe, prepared, other, **onward), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_an_adapter_spares_a_third_of_the_operations_that_are_done_at_all(data: Path, base: Path) -> None:
+    def flops(**changes: Any) -> float:
+        wanted = recipe(RewardRecipe, data, base, **changes)
+        return tuned_reward_model("reward", wanted, data, objective).flops_per_token
+
+    training, held_out = (PairedRows(TokenSplit(data, name), row_tokens=120, seed=0) for name in ("train", "held"))
+    objective = BradleyTerry(training, {"held": held_out}, recipe(RewardRecipe, data, base))
+    config = load_model(base, dtype=torch.float32).config
+    assert flops() - flops(lora={"rank": 2}) == pytest.approx(2 * config.body_parameters)
 
 
 def test_a_reward_model_may_be_trained_as_an_adapter(data: Path, base: Path, tmp_path: Path) -> None:

@@ -159,6 +159,24 @@ def test_a_real_run_has_a_report_without_a_header_too(prepared: Path, tmp_path: 
     assert "hidden_size = 16" in words
 
 
+def test_what_is_no_loss_is_not_drawn_as_one(tmp_path: Path) -> None:
+    made = rows(60)
+    for row in made:
+        if "held_out" in row:
+            row["held_out"] = {"pairs": 0.6 + row["step"] / 1000, "pairs_accuracy": row["step"] / 100}
+    page = Page(write_report(written(tmp_path / "run", {"header": HEADER | {"stage": "reward"}}, *made)))
+    for words in (
+        "nats per pair",
+        "Held out: pairs_accuracy",
+        "highest 0.6000, step 60",
+        "lowest 0.6",
+        "more is better",
+    ):
+        assert words in page.words, words
+    assert "nats per token" not in page.words
+    assert sum(tag == "svg" for tag, _ in page.tags) == 7
+
+
 def test_numbers_that_are_none_do_not_stop_the_report(tmp_path: Path) -> None:
     made = rows(60)
     made[7] |= {"loss": math.nan, "gradient_norm": math.inf, "skipped": True}

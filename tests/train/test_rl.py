@@ -32,9 +32,10 @@ from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate
 from gale.text.tokenizer import Tokenizer
 from gale.train.best_of_n import BestOfNRecipe, best_of_n
+from gale.train.grow import grow_only
 from gale.train.pretrain import pretrain
 from gale.train.prompts import prompts_of_split, read_prompts
-from gale.train.recipe import PretrainRecipe
+from gale.train.recipe import GrowRecipe, PretrainRecipe
 from gale.train.rewards import ModelJudge
 from gale.train.rl import rl
 from gale.train.rl_recipe import RlRecipe
@@ -255,6 +256,21 @@ def test_a_reward_model_is_optimised_while_a_program_watches(
         rl(rl_recipe(world, algorithm, **changes | {"reward": {"model": other}}), tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_the_routers_of_a_mixture_are_kept_even(world: dict[str, Path], tmp_path: Path, algorithm: str) -> None:
+    for name, weight in (("free", 0.0), ("even", 0.5)):
+        experts = {"count": 4, "per_token": 2, "balance_loss": weight, "z_loss": 0.0}
+        recipe = {"data": world["data"], "base": world["base"], "grow": {"experts": experts}, "row_tokens": CONTEXT}
+        recipe |= {"steps": 1, "batch_rows": 1, "micro_rows": 1, "optimiser": {"learning_rate": 0.001}}
+        grow_only(GrowRecipe.model_validate(recipe), tmp_path / name)
+        changes = {"base": tmp_path / name, "answers_per_prompt": 4, "steps": 1}
+        rl(rl_recipe(world, algorithm, **changes), tmp_path / f"{name}-run")
+    (free,), (even,) = (metrics(tmp_path / f"{name}-run") for name in ("free", "even"))
+    assert free["balance_loss"] == even["balance_loss"] >= 2
+    assert free["loss"] == even["loss"]
+    assert free["gradient_norm"] != even["gradient_norm"]
+
+
 def test_prompts_of_prepared_conversations_end_where_the_last_answer_begins(
     world: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -290,6 +306,8 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(world: dict[str
         ({"reward": {"model": narrow}}, ModelError, "reads 16 at most"),
         ({"reward": {"model": swapped}}, ModelError, "differ in 2 tokens, the first being 'a'"),
         ({"algorithm": "ppo", "critic": swapped}, ModelError, "differ in 2 tokens"),
+        ({"algorithm": "ppo", "critic": narrow}, ModelError, "critic .*narrow reads 16 at most"),
+        ({"algorithm": "ppo", "critic": world["base"]}, ModelError, "no reward model"),
     ]
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):

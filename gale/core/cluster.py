@@ -1,0 +1,47 @@
+"""A Ray cluster: joined by its address, left again where we were the one to join it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gale.core.errors import GaleError
+
+_HINT = "Start one with `ray start`."
+
+
+@contextmanager
+def joined_ray(address: str, *, show_workers: bool = False) -> Iterator[None]:
+    """Be connected to the cluster at ``address`` (``host:port``, ``auto`` or ``local``), or stay so where we are.
+
+    ``show_workers`` lets what its workers print appear here. Raises :class:`GaleError` where Ray is not installed or
+    there is no such cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise GaleError("Ray is not installed.", hint="Install it with: pip install 'gale-llm[ray]'") from error
+    if ray.is_initialized():
+        yield
+        return
+    _reach(address)
+    try:
+        ray.init(address=address, log_to_driver=show_workers, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise GaleError(f"There is no Ray cluster at {address}: {error}", hint=_HINT) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise :class:`GaleError` where nobody listens at host:port; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise GaleError(f"There is no Ray cluster at {address}: {error}", hint=_HINT) from error
