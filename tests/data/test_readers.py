@@ -15,6 +15,7 @@ import zstandard
 from pydantic import ValidationError
 
 from gale.core.errors import DataError
+from gale.data import readers
 from gale.data.recipe import Source
 from gale.data.source_files import find_files
 from gale.data.sources import BrokenRows, Document, read_documents
@@ -91,6 +92,22 @@ def test_parquet_without_the_column_and_a_damaged_one_are_named(tmp_path: Path) 
     table.write_bytes(table.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"a\.parquet is damaged"):
         read(table, text_key="content")
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_small_parquet_file_whose_rows_are_huge_is_refused_by_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dictionary: bool
+) -> None:
+    """As a dictionary of one value, which each row has again, or as pages that unpack to a thousand times as much."""
+    monkeypatch.setattr(readers, "_MOST_BYTES", 2**20)
+    path, small = tmp_path / "a.parquet", ["words"] * 40
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": dictionary}
+    pq.write_table(pa.table({"text": [*small, *["x" * 2**21] * 20]}), path, **options)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(DataError, match=r"a\.parquet, row 41, holds more than 1,048,576 bytes"):
+        read(path)
+    pq.write_table(pa.table({"text": [*small, *["x" * 2**17] * 20]}), path, **options)
+    assert len(read(path)) == 60
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
