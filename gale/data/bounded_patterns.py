@@ -96,7 +96,8 @@ class _Walk:
         if kind == "BRANCH":
             return self._any([self.sequence(choice, rest) for choice in value[1]])
         if kind in _REPEATS:
-            return self._repeated(*value, rest)
+            low, high, body = value
+            return self._repeated(low, high, body, rest)
         raise UnboundedPatternError(f"{_REFUSED.get(kind, 'some of its syntax')} cannot be judged")
 
     def _any(self, choices: Sequence[_Rest]) -> _Rest:

@@ -160,6 +160,28 @@ def test_a_folder_and_a_pattern_are_read_in_sorted_order(tmp_path: Path) -> None
     assert texts(folder / "b", kind="text") == ["2"]
 
 
+def test_links_that_lead_out_of_the_folder_are_passed_over_and_counted(tmp_path: Path) -> None:
+    private, folder = tmp_path / "private", tmp_path / "data"
+    private.mkdir()
+    (folder / "sub").mkdir(parents=True)
+    (private / "diary.txt").write_text("mine")
+    (folder / "sub" / "a.txt").write_text("a")
+    (folder / "b.txt").symlink_to("sub/a.txt")
+    (folder / "c.txt").symlink_to("../private/diary.txt")
+    (folder / "d").symlink_to(private)
+    for path in (folder, folder / "*.txt"):
+        assert "mine" not in texts(path, kind="text")
+        assert [link.name for link in find_files(path).outside] == ["c.txt"]
+    assert texts(folder) == ["a", "a"]
+    assert texts(folder / "*" / "*.txt") == ["a"]
+    (folder / "b.txt").unlink()
+    with pytest.raises(DataError, match=r"1 links lead out of the folder, such as .*c\.txt"):
+        read(folder / "*.txt")
+    (tmp_path / "link").symlink_to(folder)
+    assert texts(tmp_path / "link") == ["a"]  # what the recipe itself names may be a link
+    assert texts(folder / "c.txt") == ["mine"]
+
+
 def test_what_can_not_be_read_yet_or_is_not_there_is_said(tmp_path: Path) -> None:
     (tmp_path / "papers").mkdir()
     with pytest.raises(DataError, match=r"papers holds no file of a known kind"):
