@@ -24,7 +24,7 @@ from gale.data.source_files import FileKind, SourceFile
 _READ = 2**20
 _ZSTD_READ = 2**12  # three bytes can stand for 128 KiB, and all that one call unpacks is held at once
 _MOST_BYTES = 2**30  # of a line, or of a file that is one document
-_PARQUET_ROWS = 256
+_PARQUET_ROWS = 16  # at once, of which each can be as large as the largest column chunk
 # YAML between two lines of dashes, as static site generators have it: about the page, not of it.
 # Each line can be read in one way only: with two, a page without the closing dashes would take for ever.
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?:[A-Za-z_][\w -]*:.*\n|[ \t].*\n|- .*\n|\n)*?---[ \t]*\n")
@@ -146,7 +146,13 @@ def _parquet_rows(
                 )
             per_row = path.stat().st_size / max(1, table.metadata.num_rows)
             wanted = None if columns is None else [*columns, *(name for name in optional if name in names)]
-            for batch in table.iter_batches(_PARQUET_ROWS, columns=wanted):
+            for batch in table.iter_batches(_rows_at_once(table.metadata), columns=wanted):
+                if batch.nbytes > _MOST_BYTES:
+                    rows = f"row {number + 1}" + (f" to {number + batch.num_rows}" if batch.num_rows > 1 else "")
+                    raise DataError(
+                        f"{path}, {rows}, holds more than {_MOST_BYTES:,} bytes.",
+                        hint="Cut it into documents of a row each.",
+                    )
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}, row {number}", "parquet", row)
@@ -155,6 +161,13 @@ def _parquet_rows(
         raise DataError(
             f"{path} is damaged after row {number}: {error}", hint="Copy or download the file again."
         ) from error
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """One where a value may be very large: a chunk of kilobytes can hold one such and say that each row has it."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    sizes = (group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+    return _PARQUET_ROWS if max(sizes, default=0) <= _MOST_BYTES // _PARQUET_ROWS else 1
 
 
 def _chunks(path: Path, on_read: OnRead) -> Iterator[bytes]:

@@ -38,10 +38,14 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class FoundFiles:
-    """The files that a path stands for, in the order they are read, and those of a folder that are passed over."""
+    """The files that a path stands for, in the order they are read, and those of a folder that are passed over.
+
+    ``outside`` are links of the folder to what lies elsewhere.
+    """
 
     files: tuple[SourceFile, ...]
     ignored: tuple[Path, ...] = ()
+    outside: tuple[Path, ...] = ()
 
     @property
     def size(self) -> int:
@@ -58,17 +62,19 @@ class FoundFiles:
 def find_files(path: Path, kind: FileKind | None = None) -> FoundFiles:
     """The files of ``path``: itself, all below it if it is a folder, or all that match it as a pattern, sorted.
 
-    Below a folder, and by a pattern, hidden files and those of no known kind are passed over; ``kind`` makes every
-    file one of that kind. Raises :class:`DataError` where nothing is found, or where something can't be read yet.
+    Below a folder, and by a pattern, hidden files and those of no known kind are passed over. So are links that lead
+    out of the folder (or out of the last one before the pattern's first ``*``): a folder that comes from elsewhere must
+    not bring what lies on this machine into the data. ``kind`` makes every file one of that kind.
+    Raises :class:`DataError` where nothing is found, or where something can't be read yet.
     """
+    outside: list[Path] = []
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
+        found, outside = _below(path, path.rglob("*"))
     elif is_pattern(path):
         fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-        matches = fixed.glob(str(path.relative_to(fixed)))
-        found = sorted(file for file in matches if file.is_file() and not _hidden(file, fixed))
+        found, outside = _below(fixed, fixed.glob(str(path.relative_to(fixed))))
     else:
         raise DataError(f"There is no data file {path}.", hint="Check the path in the recipe.")
     if kind is None and (office := [file for file in found if file.suffix.lower() in _OFFICE]):
@@ -87,10 +93,11 @@ def find_files(path: Path, kind: FileKind | None = None) -> FoundFiles:
     if not known:
         raise DataError(
             f"{path} {'matches' if is_pattern(path) else 'holds'} no file of a known kind "
-            f"({', '.join(sorted(_KINDS))}, plain or packed as .gz or .zst).",
-            hint="Check the path, or set `kind`.",
+            f"({', '.join(sorted(_KINDS))}, plain or packed as .gz or .zst)"
+            + (f"; {len(outside)} links lead out of the folder, such as {outside[0]}." if outside else "."),
+            hint="Give the path that the links lead to." if outside else "Check the path, or set `kind`.",
         )
-    return FoundFiles(tuple(known), tuple(ignored))
+    return FoundFiles(tuple(known), tuple(ignored), tuple(outside))
 
 
 def missing_paths(paths: Iterable[Path]) -> list[str]:
@@ -107,6 +114,15 @@ def _suffix(path: Path) -> str:
     if path.suffix.lower() in _PACKED:
         path = path.with_suffix("")
     return path.suffix.lower()
+
+
+def _below(folder: Path, paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """The files among ``paths`` that are not hidden, sorted: those that lie below ``folder``, and links out of it."""
+    home = folder.resolve()
+    inside, outside = [], []
+    for file in sorted(path for path in paths if path.is_file() and not _hidden(path, folder)):
+        (inside if file.resolve().is_relative_to(home) else outside).append(file)
+    return inside, outside
 
 
 def _hidden(file: Path, folder: Path) -> bool:

@@ -68,6 +68,7 @@ class SourceReport:
             "file": self.name,
             "files": len(self._found.files),
             "ignored_files": len(self._found.ignored),
+            "outside_links": len(self._found.outside),
             "sha256": self._found.sha256(),
             "licence": self.source.licence,
             "origin": self.source.origin,

@@ -15,6 +15,9 @@ from pydantic import Field, field_validator
 
 from gale.core.errors import RecipeError
 from gale.core.recipe import Recipe
+from gale.data.bounded_patterns import MOST_CHARACTERS, UnboundedPatternError, bounded_pattern
+
+_BOUND_HINT = "Let each repeat end at what it cannot match itself: [^}]*} instead of .*}, and no repeat in another."
 
 
 class VerifierOptions(Recipe):
@@ -34,9 +37,11 @@ class VerifierOptions(Recipe):
     def _pattern_compiles(cls, pattern: str | None) -> str | None:
         if pattern is not None:
             try:
-                re.compile(pattern)
+                bounded_pattern(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+            except UnboundedPatternError as error:
+                raise ValueError(f"{pattern!r} may take too long: {error}. {_BOUND_HINT}") from error
         return pattern
 
 
@@ -94,13 +99,18 @@ def number(answer: str, expected: str, options: VerifierOptions) -> float:
 def regex(answer: str, expected: str, options: VerifierOptions) -> float:
     """The option ``pattern`` is found in the answer; if it has a group, that group's last finding is as expected.
 
-    Without the option, what was expected is the pattern.
+    Without the option, what was expected is the pattern. Whatever the answer is, this ends within seconds: patterns
+    that might not are refused (see :mod:`gale.data.bounded_patterns`), and of an answer of more than 10,000 characters
+    only the last 10,000 are searched, so that ``^`` stands where they begin.
     """
-    flags = re.IGNORECASE if options.ignore_case else 0
+    pattern = expected if options.pattern is None else options.pattern
     try:
-        found = list(re.finditer(expected if options.pattern is None else options.pattern, answer, flags))
+        compiled = bounded_pattern(pattern, re.IGNORECASE if options.ignore_case else 0)
     except re.error as error:  # a row of the data; a recipe's own pattern has been checked
-        raise RecipeError(f"{expected!r} is no regular expression: {error}", []) from error
+        raise RecipeError(f"{pattern!r} is no regular expression: {error}", []) from error
+    except UnboundedPatternError as error:
+        raise RecipeError(f"The pattern {pattern!r} may take too long: {error}.", [_BOUND_HINT]) from error
+    found = list(compiled.finditer(answer[-MOST_CHARACTERS:]))
     if not found or options.pattern is None or not found[-1].re.groups:
         return float(bool(found))
     return exact(found[-1][1] or "", expected, options)

@@ -15,6 +15,7 @@ import zstandard
 from pydantic import ValidationError
 
 from gale.core.errors import DataError
+from gale.data import readers
 from gale.data.recipe import Source
 from gale.data.source_files import find_files
 from gale.data.sources import BrokenRows, Document, read_documents
@@ -93,6 +94,22 @@ def test_parquet_without_the_column_and_a_damaged_one_are_named(tmp_path: Path) 
         read(table, text_key="content")
 
 
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_small_parquet_file_whose_rows_are_huge_is_refused_by_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dictionary: bool
+) -> None:
+    """As a dictionary of one value, which each row has again, or as pages that unpack to a thousand times as much."""
+    monkeypatch.setattr(readers, "_MOST_BYTES", 2**20)
+    path, small = tmp_path / "a.parquet", ["words"] * 40
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": dictionary}
+    pq.write_table(pa.table({"text": [*small, *["x" * 2**21] * 20]}), path, **options)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(DataError, match=r"a\.parquet, row 41, holds more than 1,048,576 bytes"):
+        read(path)
+    pq.write_table(pa.table({"text": [*small, *["x" * 2**17] * 20]}), path, **options)
+    assert len(read(path)) == 60
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
 def test_text_markdown_and_html_are_one_document_a_file(tmp_path: Path, pack: Any) -> None:
     ending = {bytes: "", gzip.compress: ".gz"}.get(pack, ".zst")
@@ -141,6 +158,28 @@ def test_a_folder_and_a_pattern_are_read_in_sorted_order(tmp_path: Path) -> None
     assert texts(folder / "**" / "*.[mt]*") == ["1", "2", "3"]
     assert [path.name for path in find_files(folder).ignored] == ["picture.png"]
     assert texts(folder / "b", kind="text") == ["2"]
+
+
+def test_links_that_lead_out_of_the_folder_are_passed_over_and_counted(tmp_path: Path) -> None:
+    private, folder = tmp_path / "private", tmp_path / "data"
+    private.mkdir()
+    (folder / "sub").mkdir(parents=True)
+    (private / "diary.txt").write_text("mine")
+    (folder / "sub" / "a.txt").write_text("a")
+    (folder / "b.txt").symlink_to("sub/a.txt")
+    (folder / "c.txt").symlink_to("../private/diary.txt")
+    (folder / "d").symlink_to(private)
+    for path in (folder, folder / "*.txt"):
+        assert "mine" not in texts(path, kind="text")
+        assert [link.name for link in find_files(path).outside] == ["c.txt"]
+    assert texts(folder) == ["a", "a"]
+    assert texts(folder / "*" / "*.txt") == ["a"]
+    (folder / "b.txt").unlink()
+    with pytest.raises(DataError, match=r"1 links lead out of the folder, such as .*c\.txt"):
+        read(folder / "*.txt")
+    (tmp_path / "link").symlink_to(folder)
+    assert texts(tmp_path / "link") == ["a"]  # what the recipe itself names may be a link
+    assert texts(folder / "c.txt") == ["mine"]
 
 
 def test_what_can_not_be_read_yet_or_is_not_there_is_said(tmp_path: Path) -> None:
