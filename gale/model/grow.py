@@ -78,11 +78,9 @@ def deepen(model: Decoder, layers: int, *, placement: Placement = "top", preserv
         sources = [layer * config.layers // layers for layer in range(layers)]
         copied = [layer > 0 and sources[layer - 1] == source for layer, source in enumerate(sources)]
     grown = replace(config, layers=layers)
-    if (
-        placement == "interleave"
-    ):  # the first layer with a window has moved up; copies on top are silent whatever they see
-        full = sum(source < config.sliding_from_layer for source in sources)
-        grown = replace(grown, sliding_from_layer=full if config.sliding_window else config.sliding_from_layer)
+    if placement == "interleave" and config.sliding_window is not None:
+        # The first layer with a window has moved up. On top, copies are silent whatever they see.
+        grown = replace(grown, sliding_from_layer=sum(source < config.sliding_from_layer for source in sources))
     if config.experts is not None:
         dense = tuple(layer for layer, source in enumerate(sources) if not config.has_experts(source))
         grown = replace(grown, experts=replace(config.experts, every=1, dense_layers=dense))
@@ -153,8 +151,10 @@ def widen(
                 wide = wide.index_select(-2 if columns else -1, axes[rows])
             if columns is not None:
                 wide = _divided(wide, axes[columns], noise, generator)
-            if columns == "hidden" and _module(name) in silent:
-                # Nothing follows from this matrix yet, so its copies may part at once; silent outputs cannot part them.
+            doubled = columns == "hidden" and wide.shape[-2] > weight.shape[-2]
+            if doubled and hidden == 1 and _module(name) in silent:
+                # Copied rows that read the same and write nothing would never part. As nothing follows from them yet,
+                # they may differ at once.
                 wide = wide + noise * _rms(wide) * _normal(wide, generator)
             weights[name] = wide
     grown = replace(
