@@ -101,7 +101,7 @@ class Point:
     proxy_error: float
     gold: float
     gold_error: float
-    tokens: float = float("nan")
+    tokens: float | None = None
     example: str = ""
 
 
