@@ -38,6 +38,8 @@ def prepare(
     manifest = run(settings, folder, ray=ray)
     read, kept = (sum(source[key] for source in manifest["sources"]) for key in ("read", "kept"))
     typer.echo(f"kept {kept:,} of {read:,} documents; why the others went is in {REPORT}")
+    if links := sum(source.get("outside_links", 0) for source in manifest["sources"]):
+        typer.echo(f"{links:,} links that lead out of their folders were passed over; name what they lead to instead")
     for name, split in sorted(manifest["splits"].items()):
         typer.echo(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes")
     typer.echo(f"Written to {folder}")

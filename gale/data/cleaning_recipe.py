@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gale.core.recipe import Recipe
 from gale.data.source_files import FileKind
@@ -107,6 +107,14 @@ class Quality(Recipe):
     lorem_ipsum: bool = Field(default=True, description="lorem_ipsum: drop documents with printers' filler; C4.")
     curly_brackets: bool = Field(default=False, description="curly_brackets: drop documents with {, as C4 does.")
 
+    @model_validator(mode="after")
+    def _something_can_pass(self) -> Quality:
+        for what in ("words", "characters", "word_length"):
+            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if least > most:
+                raise ValueError(f"min_{what} is {least}, more than max_{what}, {most}, so that nothing passes")
+        return self
+
 
 class PersonalData(Recipe):
     """Put a placeholder such as ``<email>`` in place of what can be recognised with precision."""
@@ -124,7 +132,7 @@ class NearDuplicates(Recipe):
     """Of documents that share most of their n-grams keep the first: MinHash (Broder 1997) with banding.
 
     Held-out splits come first. Conversations drawn from questions (format qa) share their passages on purpose and are
-    left alone.
+    left alone. Documents that share bands with 1,000 others without being like them are not remembered.
     """
 
     threshold: float = Field(default=0.8, gt=0, le=1, description="Jaccard similarity from which two are the same.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -12,6 +14,18 @@ UNDETERMINED = "und"
 _SAMPLE = 1000
 # Written Chinese that the model tells apart by a word or two; who keeps "zh" means these too.
 _FOLDED = {"wuu": "zh", "yue": "zh"}
+# What is often written in place of a code; with codes alone "cn" would be nearest to Shona (sn).
+_TAKEN_FOR = {
+    "zh": ("cn", "tw", "hk", "chinese", "mandarin", "cmn", "zho", "chi"),
+    "en": ("us", "gb", "english"),
+    "ja": ("jp", "japanese", "jpn"),
+    "ko": ("kr", "korean", "kor"),
+    "de": ("german", "deu", "ger"),
+    "fr": ("french", "fra", "fre"),
+    "es": ("spanish", "spa"),
+    "uk": ("ua", "ukrainian", "ukr"),
+    "el": ("gr", "greek", "ell", "gre"),
+}
 
 
 def identify(text: str) -> tuple[str, float]:
@@ -36,8 +50,16 @@ def check_languages(recipe: Languages) -> None:
     if unknown := [language for language in recipe.keep if language not in known]:
         raise DataError(
             f"languages.keep: there is no language {unknown[0]!r}.",
-            hint=f"Its ISO 639 code is meant, one of {', '.join(sorted(known))}.",
+            hint=f"The nearest are {', '.join(_nearest(unknown[0], known))}; an ISO 639 code is meant, one of "
+            f"{', '.join(sorted(known))}.",
         )
+
+
+def _nearest(language: str, known: Iterable[str]) -> list[str]:
+    """Codes of the language whose country or English name was written, then codes that are spelt nearly so."""
+    written = language.strip().lower().replace("_", "-")
+    meant = [code for code, names in _TAKEN_FOR.items() if written.partition("-")[0] in names]
+    return list(dict.fromkeys([*meant, *get_close_matches(written, sorted(known), n=3, cutoff=0.0)]))[:3]
 
 
 @cache

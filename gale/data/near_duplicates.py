@@ -13,6 +13,7 @@ from gale.data.text_units import TextUnits
 
 _SEED = 42
 _RECALL = 0.9
+_MOST_IN_A_BAND = 1000
 
 
 def sketch(units: TextUnits, recipe: NearDuplicates) -> RMinHash | None:
@@ -38,7 +39,13 @@ def bands_for(threshold: float, permutations: int) -> int:
 
 
 class NearDeduplicator:
-    """Remembers documents by their sketches; about 2 KB of memory a document."""
+    """Remembers documents by their sketches; about 2 KB of memory a document.
+
+    Where 1,000 documents that are not alike share bands with the next one, as those filled in from one long form may,
+    the next one is compared and kept but not remembered: no band then ever holds more, and a document costs no more
+    than that many comparisons a band, however many came before. The price is that likes of it are not found later. As
+    documents come in the order of their files, the same ones are kept each time.
+    """
 
     def __init__(self, recipe: NearDuplicates) -> None:
         self._threshold = recipe.threshold
@@ -48,11 +55,16 @@ class NearDeduplicator:
         self._places: list[str] = []
 
     def place_of_like(self, minhash: RMinHash, place: str) -> str | None:
-        """Where a document like this one was first met; otherwise None, and this one is remembered from then on."""
+        """Where a document like this one was first met; otherwise None, and this one is remembered from then on.
+
+        See the class for the one case in which it is not.
+        """
         candidates: list[int] = sorted(self._index.query(minhash))
         for key in candidates:
             if self._sketches[key].jaccard(minhash) >= self._threshold:
                 return self._places[key]
+        if len(candidates) >= _MOST_IN_A_BAND:
+            return None
         self._index.insert(len(self._sketches), minhash)
         self._sketches.append(minhash)
         self._places.append(place)

@@ -52,7 +52,7 @@ class Constitution(Recipe):
     """
 
     method: Literal["revise", "compare"] = "revise"
-    answers: int = Field(default=1, ge=1, le=16, description="Answers to each prompt; compare needs at least 2.")
+    answers: int = Field(default=1, ge=1, le=16, description="Answers to each prompt; compare needs 2, 4, ...")
     principles_per_prompt: int = Field(default=0, ge=0, description="So many, drawn for each prompt; 0: all of them.")
     temperature: float = Field(default=1.0, ge=0, le=2, description="Of answers; critiques and revisions are greedy.")
     max_tokens: int = Field(default=256, ge=1, description="Longest answer, critique and revision.")
@@ -71,4 +71,6 @@ class Constitution(Recipe):
             raise ValueError(f"two principles are called {twice[0]!r}")
         if self.method == "compare" and self.answers < 2:
             raise ValueError("the method compare needs at least 2 answers")
+        if self.method == "compare" and self.answers % 2:
+            raise ValueError(f"the method compare pairs its answers, and of {self.answers} one would be left over")
         return self

@@ -119,7 +119,8 @@ def _suffix(path: Path) -> str:
 def _below(folder: Path, paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """The files among ``paths`` that are not hidden, sorted: those that lie below ``folder``, and links out of it."""
     home = folder.resolve()
-    inside, outside = [], []
+    inside: list[Path] = []
+    outside: list[Path] = []
     for file in sorted(path for path in paths if path.is_file() and not _hidden(path, folder)):
         (inside if file.resolve().is_relative_to(home) else outside).append(file)
     return inside, outside

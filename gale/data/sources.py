@@ -246,7 +246,8 @@ def question_documents(
             continue
         if not source.only or content.get("source") in source.only:
             rows.append((row.place, content))
-    contexts = [content.get("context") for _, content in rows]
+    # A row without one is broken when its turn comes; others must not draw its.
+    contexts = [context for _, content in rows if isinstance(context := content.get("context"), str)]
     unusable: set[str] = set()
     for variant, (index, (place, content)) in itertools.product(range(questions.variants), enumerate(rows)):
         # A generator of its own for each row, so that a change elsewhere leaves this row's document as it was.
@@ -265,7 +266,7 @@ def question_documents(
 
 
 def _question_document(
-    row: dict[str, Any], contexts: list[Any], questions: QuestionTemplates, draw: random.Random
+    row: dict[str, Any], contexts: list[str], questions: QuestionTemplates, draw: random.Random
 ) -> Document | None:
     question, own_context = _text(row, "question").strip(), _text(row, "context")
     answer = _text(row["answers"][0], "text").strip() if row["answers"] else ""

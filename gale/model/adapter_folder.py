@@ -27,6 +27,7 @@ from gale.model.transformer import Decoder
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _BASE = "base.json"
+_CARD = "README.md"
 _PREFIX = "base_model.model."
 _SCORE = f"{_PREFIX}score.weight"
 # What else may stand in a model folder beside its weights; an adapter's own files go before its base's.
@@ -147,6 +148,7 @@ def open_with_adapter(base: Path, adapter: Path, *, dtype: torch.dtype) -> Decod
 def merge_adapter(adapter: Path, base: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the model folder ``out`` that answers as ``base`` under ``adapter`` does. Sums are made in fp32.
 
+    The base's README.md goes along, so that its licence stays known.
     Raises :class:`ModelError` as :func:`load_adapter` does, and :class:`gale.core.errors.GaleError` where ``out`` is
     something else.
     """
@@ -163,6 +165,15 @@ def merge_adapter(adapter: Path, base: Path, out: Path, *, dtype: torch.dtype = 
             source = next((path / name for path in (adapter, base) if (path / name).is_file()), None)
             if source is not None:
                 shutil.copyfile(source, folder / name)
+        _copy_card(base, folder, adapter)
+
+
+def _copy_card(base: Path, out: Path, adapter: Path) -> None:
+    """The base's README.md, in whose head its licence stands, with a line that says what the folder is."""
+    if (base / _CARD).is_file():
+        card = (base / _CARD).read_bytes().rstrip()
+        name = " ".join(adapter.resolve().name.split())
+        files.write_bytes(out / _CARD, card + f"\n\nThe adapter {name} was merged into these weights.\n".encode())
 
 
 def _peft_targets(model: Decoder | RewardModel) -> list[str]:
@@ -179,6 +190,7 @@ def _peft_targets(model: Decoder | RewardModel) -> list[str]:
 
 def _refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
     plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+    plain |= {"alora_invocation_tokens": []}
     unlike = [key for key, value in plain.items() if (config.get(key) or value) != value]
     if config.get("peft_type") != "LORA":
         unlike = [f"peft_type {config.get('peft_type')}"]

@@ -165,6 +165,10 @@ def _kind_of(name: str, tensor: Tensor, default: Kind) -> Kind:
 
 def _encoded(name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
     values = tensor.float().contiguous().numpy()
+    if not np.isfinite(values).all():
+        raise ModelError(
+            f"{name} holds values that are no numbers.", hint="Its training has failed; take an earlier one."
+        )
     if kind in (Kind.F16, Kind.Q8_0) and np.abs(values).max() > np.finfo(np.float16).max:
         raise ModelError(f"{name} holds values too large for {kind.name}.", hint="Use --dtype bf16 or fp32.")
     encoded: np.ndarray = gguf.quantize(values, kind)

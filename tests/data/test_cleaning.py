@@ -343,8 +343,14 @@ def test_a_language_that_does_not_exist_is_named_before_anything_is_dropped(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe["languages"] = {"keep": ["en", "cn"]}
-    with pytest.raises(DataError, match="no language 'cn'"):
+    with pytest.raises(DataError, match="no language 'cn'") as caught:
         run(recipe, tmp_path / "out")
+    assert "The nearest are zh, " in str(caught.value.hint)
+    for written, nearest in (("zh-CN", "zh"), ("EN", "en"), ("jp", "ja"), ("English", "en"), ("fra", "fr"), ("x", "")):
+        recipe["languages"] = {"keep": [written]}
+        with pytest.raises(DataError, match=f"no language '{written}'") as caught:
+            run(recipe, tmp_path / "out")
+        assert str(caught.value.hint).startswith(f"The nearest are {nearest}")
 
 
 def test_a_folder_of_a_recipe_that_changes_is_prepared_anew(

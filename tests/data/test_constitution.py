@@ -165,13 +165,14 @@ def test_the_shipped_principles_are_in_two_languages() -> None:
         ('prompts.en.critique="{prompt} {answer}"', "must hold {principle}"),
         ('prompts.en.comparison="{prompt} {principle} {a} {b} {c}"', "must hold no braces but"),
         ("method=compare", "needs at least 2 answers"),
+        ("answers=3 method=compare", "of 3 one would be left over"),
         ('principles=[{name="a", text="x"}, {name="a", text="y"}]', "two principles are called 'a'"),
         ('principles=[{name="a", text="x", language="fr"}]', "no prompts in the language 'fr'"),
     ],
 )
 def test_a_file_of_principles_that_cannot_work_says_why(override: str, problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
-        load_recipe(SHIPPED, Constitution, [override])
+        load_recipe(SHIPPED, Constitution, override.split(" ") if override.startswith("answers=") else [override])
 
 
 def test_prompts_are_text_or_conversations_each_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from rensa import RMinHash
 
 from gale.core.errors import DataError
+from gale.data import near_duplicates
 from gale.data.cleaning_recipe import Decontamination, NearDuplicates
 from gale.data.decontamination import index_evaluations
 from gale.data.near_duplicates import NearDeduplicator, bands_for, sketch
@@ -75,6 +76,26 @@ def test_texts_that_share_nothing_are_all_kept_and_sketches_are_the_same_everywh
     assert sketched("the heron stood in the water", recipe).digest()[:2] == [3276989368, 4121637736]
     assert len(TextUnits("Don't go—去吧").units) == 4
     assert sketch(TextUnits("..."), recipe) is None  # or all texts without letters would be one
+
+
+def test_documents_from_one_form_are_kept_without_comparing_each_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "_MOST_IN_A_BAND", 20)
+    recipe, draw = NearDuplicates(threshold=0.8), random.Random(7)
+    form = [draw.choice(WORDS) for _ in range(400)]
+    filled = [" ".join(form + [draw.choice(WORDS) for _ in range(160)]) for _ in range(300)]  # two share about 0.55
+    sketches = [sketched(text, recipe) for text in filled]
+
+    def kept() -> list[int]:
+        index = NearDeduplicator(recipe)
+        left = [i for i, each in enumerate(sketches) if index.place_of_like(each, str(i)) is None]
+        candidates = max(len(index._index.query(each)) for each in sketches)
+        assert 20 <= candidates <= 20 * bands_for(0.8, 128)
+        assert len(index._sketches) < 300
+        assert index.place_of_like(sketches[0], "again") == "0"
+        return left
+
+    assert kept() == kept()
+    assert len(kept()) == 300
 
 
 def test_enough_bands_are_chosen_to_find_nine_of_ten_at_the_threshold() -> None:

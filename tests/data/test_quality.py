@@ -75,6 +75,13 @@ def test_original_thresholds_can_be_had_back() -> None:
     assert "curly_brackets" in broken(ENGLISH + " {}", curly_brackets=True)
 
 
+@pytest.mark.parametrize("what", ["words", "characters", "word_length"])
+def test_bounds_between_which_nothing_lies_are_refused(what: str) -> None:
+    with pytest.raises(ValueError, match=f"min_{what} is 9.*, more than max_{what}, 8.*, so that nothing passes"):
+        Quality.model_validate({f"min_{what}": 9, f"max_{what}": 8})
+    Quality.model_validate({f"min_{what}": 9, f"max_{what}": 9})
+
+
 def test_lines_about_scripts_and_cookies_are_cut_and_prose_about_them_stays() -> None:
     page = f"Please enable JavaScript to go on.\n{ENGLISH}\nThis site uses cookies.\n我们使用 Cookie 记住你。"
     assert without_notices(page) == (ENGLISH, 3)

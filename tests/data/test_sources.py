@@ -17,7 +17,7 @@ from gale.core.errors import DataError
 from gale.data import readers
 from gale.data.clean import normalise
 from gale.data.recipe import Source
-from gale.data.sources import Document, _window, read_documents
+from gale.data.sources import BrokenRows, Document, _window, read_documents
 from tests.tiny_data import SENTENCES, write_jsonl
 
 LINES = "".join(json.dumps({"text": sentence}, ensure_ascii=False) + "\n" for sentence in SENTENCES).encode()
@@ -228,6 +228,25 @@ def test_a_question_without_text_is_named(tmp_path: Path) -> None:
             format="qa",
             questions={**QUESTIONS, "closed_book": 0.0, "grounded": 0.85},
         )
+
+
+@pytest.mark.parametrize("context", [None, 5, ["x"]])
+def test_a_passage_that_is_no_text_is_blamed_on_its_own_row(tmp_path: Path, context: object) -> None:
+    """Though others draw passages to ask what they do not say."""
+    rows = question_rows(30)
+    rows[7]["context"] = context
+    source = Source.model_validate(
+        {
+            **{"path": str(write_jsonl(tmp_path / "a.jsonl", rows)), "licence": "CC0", "origin": "test"},
+            **{"format": "qa", "max_broken_lines": 1},
+            "questions": {**QUESTIONS, "grounded": 0.0, "unanswerable": 1.0, "closed_book": 0.0},
+        }
+    )
+    broken = BrokenRows(source)
+    assert len(list(read_documents(source, replace={}, seed=0, broken=broken))) > 20
+    assert broken.count == 1
+    assert "a.jsonl, line 8: " in broken.first[0]
+    assert "'context' is not text" in broken.first[0]
 
 
 def test_variants_draw_each_row_anew_and_spans_only_leaves_out_what_the_passage_lacks(tmp_path: Path) -> None:

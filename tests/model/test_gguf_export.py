@@ -237,6 +237,18 @@ def test_a_weight_too_large_for_fp16_leaves_no_file(tokenizer: Tokenizer, tmp_pa
     export(tmp_path / "model", "bf16")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = make_model(tokenizer)
+    model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+    save_model(model, tmp_path / "model", dtype=torch.float32)
+    tokenizer.save(tmp_path / "model")
+    for kind in FORMATS:
+        with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight holds values that are no numbers"):
+            export(tmp_path / "model", kind)
+    assert not list((tmp_path / "model").glob("*gguf*"))
+
+
 def test_only_a_gguf_file_is_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = save_folder(tokenizer, tmp_path / "model")
     export(folder)

@@ -18,6 +18,7 @@ from gale.model.checkpoint import load_model, save_model
 from gale.model.lora import LoraShape, adapted, add_lora, merge_lora
 from gale.model.reward_model import RewardModel, load_reward_model, save_reward_model
 from gale.model.transformer import Decoder
+from gale.registry.summary import ModelSummary
 from gale.text.tokenizer import Tokenizer
 from tests.tiny_model import MIXTURE, make_model
 
@@ -200,6 +201,20 @@ def test_a_merged_folder_is_a_whole_model(base: Path, tmp_path: Path) -> None:
     assert "gale train merge" in str(caught.value.hint)
 
 
+def test_the_licence_of_the_base_stays_with_what_is_merged(base: Path, tmp_path: Path) -> None:
+    model = load_model(base, dtype=torch.float32)
+    add_lora(model, SHAPE, seed=1)
+    save_adapter(model, tmp_path / "adapter", base=base, dtype=torch.float32)
+    merge_adapter(tmp_path / "adapter", base, tmp_path / "without")
+    assert not (tmp_path / "without" / "README.md").exists()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# 底座\n")
+    merge_adapter(tmp_path / "adapter", base, tmp_path / "merged")
+    assert dict(ModelSummary.of(tmp_path / "merged").lines())["licence"] == "apache-2.0"
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8").splitlines()
+    assert card[:4] == ["---", "license: apache-2.0", "---", "# 底座"]
+    assert card[4:] == ["", "The adapter adapter was merged into these weights."]
+
+
 def test_merging_replaces_neither_the_base_nor_the_adapter(base: Path, tmp_path: Path) -> None:
     model = load_model(base, dtype=torch.float32)
     add_lora(model, SHAPE, seed=1)
@@ -239,6 +254,7 @@ def test_an_adapter_for_another_base_is_refused(base: Path, tokenizer: Tokenizer
     [
         ({"peft_type": "IA3"}, "peft_type IA3"),
         ({"use_dora": True}, "use_dora"),
+        ({"alora_invocation_tokens": [5, 7]}, "alora_invocation_tokens"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"r": "many"}, "damaged"),
