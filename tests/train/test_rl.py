@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from bench.postcards import CONTEXT, NAMES, TOPICS, asked, write_rows, write_world
 from gale.core.device import choose_compute
 from gale.core.errors import CheckpointError, DataError, GaleError, ModelError, RecipeError
+from gale.core.recipe import load_recipe
 from gale.data.prepare import prepare
 from gale.data.recipe import DataRecipe
 from gale.data.verifiers import verify
@@ -386,3 +388,12 @@ def test_the_best_of_several_answers_are_kept_as_data(world: dict[str, Path], tm
     impossible = BestOfNRecipe.model_validate(fields | {"least_reward": 2.0})
     with pytest.raises(DataError, match="No answer was good enough"):
         best_of_n(impossible, tmp_path / "none")
+
+
+@pytest.mark.parametrize("page", ["reinforcement-learning.md", "reinforcement-learning.zh.md"])
+def test_the_recipes_of_the_page_are_valid(tmp_path: Path, page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"```toml\n# (\S+)\n(.*?)```", text, re.DOTALL))
+    for name, kind in (("grpo.toml", RlRecipe), ("best.toml", BestOfNRecipe)):
+        (tmp_path / name).write_text(blocks[name], encoding="utf-8")
+        load_recipe(tmp_path / name, kind)
