@@ -152,9 +152,8 @@ class Decoder(nn.Module):
     def rotary(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine tables [N, 1, D] in the two-halves layout of Hugging Face."""
         self._frequencies_D = self._frequencies_D.to(positions_N.device)  # a model may have been moved
-        angles_ND = torch.outer(positions_N.float(), self._frequencies_D)
-        angles_ND = torch.cat((angles_ND, angles_ND), dim=-1)[:, None]
-        return angles_ND.cos().to(dtype), angles_ND.sin().to(dtype)
+        tables: tuple[Tensor, Tensor] = rotary_tables(positions_N, self._frequencies_D, dtype)
+        return tables
 
     def initialise(self, seed: int) -> None:
         """Draw fresh weights: normal with 0.02, output projections scaled down by depth (GPT-2)."""
@@ -166,6 +165,21 @@ class Decoder(nn.Module):
             else:
                 scale = depth_scale if name.endswith(_OUTPUT_PROJECTIONS) else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
+
+
+# A custom operator, so that torch.compile does not compute sines and cosines anew in every kernel that uses them.
+@torch.library.custom_op("gale::rotary_tables", mutates_args=())
+def rotary_tables(positions_N: Tensor, frequencies_D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [N, 1, D] of each position times each frequency; ``frequencies_D`` are those of half a head."""
+    angles_ND = torch.outer(positions_N.float(), frequencies_D)
+    angles_ND = torch.cat((angles_ND, angles_ND), dim=-1)[:, None]
+    return angles_ND.cos().to(dtype), angles_ND.sin().to(dtype)
+
+
+@rotary_tables.register_fake
+def _(positions_N: Tensor, frequencies_D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (len(positions_N), 1, 2 * len(frequencies_D))
+    return tuple(positions_N.new_empty(shape, dtype=dtype) for _ in range(2))  # type: ignore[return-value]
 
 
 def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:

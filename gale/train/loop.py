@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from gale.core import files
-from gale.core.device import Compute, choose_compute
+from gale.core.device import Compute, choose_compute, keep_freed_memory
 from gale.core.errors import CheckpointError, GaleError
 from gale.core.progress import Bar
 from gale.data.shards import verify
@@ -66,6 +66,7 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
             hint="Choose batch_rows / micro_rows as a multiple of the number of processes.",
         )
     compute = choose_compute(recipe.precision)
+    keep_freed_memory()
     for folder in stage.data:
         verify(folder)
     # What must be the same for a resumed run to be the same run. Where files lie may change, what they hold may not.

@@ -86,8 +86,9 @@ class MasterWeights:
         gradients = [master.grad for master in self.masters if master.grad is not None]
         if not gradients:  # nothing was learnt from, as where reinforcement learning found no group with a difference
             return 0.0, True
-        torch._foreach_mul_(gradients, gradient_scale)
-        norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.masters, self._recipe.gradient_clip)))
+        norm = gradient_scale * float(gathered(torch.nn.utils.get_total_norm(gradients)))
+        # Scaling and clipping in one pass. A norm that is no number makes no step.
+        torch._foreach_mul_(gradients, gradient_scale * min(1.0, self._recipe.gradient_clip / max(norm, 1e-6)))
         taken = math.isfinite(norm) and not self._is_spike(norm)
         if math.isfinite(norm):
             self._norms.append(norm)
