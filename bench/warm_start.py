@@ -495,6 +495,7 @@ def main() -> None:
         bench = Bench(edition, work, data, pool)
         result = measure(bench)
     minutes = (time.perf_counter() - began) / 60
+    spent = sum(future.result().curve.total.cpu_seconds for future in bench.started.values())
     header = json.loads(next(work.glob("cold-deeper*/metrics.jsonl")).read_text().splitlines()[0])["header"]
     about = {
         "edition": options.edition,
@@ -506,13 +507,14 @@ def main() -> None:
         "date": datetime.now(tz=UTC).date().isoformat(),
         "compute": header["compute"],
         "machine": {**header["machine"], "processor": platform.processor() or platform.machine()},
-        "minutes": round(minutes, 1),
+        "cpu_seconds": round(spent),
         "workers": options.workers,
-        "runs_trained": bench.runs,
+        "runs": len(bench.started),
     }
+    print(f"\n{about['compute']}, {options.workers} processes of one thread; {texts}")
     print(
-        f"\n{about['compute']}, {options.workers} processes of one thread, {minutes:.1f} minutes, {bench.runs} runs; "
-        f"{texts}\n"
+        f"{about['runs']} runs, {spent:,.0f} CPU seconds of training; {bench.runs} of them now, in {minutes:.1f} "
+        "minutes\n"
     )
     print(tables(result))
     if options.edition != "quick":
