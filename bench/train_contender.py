@@ -86,7 +86,7 @@ def bits_per_byte(job: Job, logits: Logits) -> float:
     nats, size = 0.0, 0
     with torch.no_grad():
         for batch in rows.split(job.batch_rows):
-            ids, targets = batch[:, :-1], batch[:, 1:]
+            ids, targets = batch[:, :-1].contiguous(), batch[:, 1:]  # nanoGPT takes a view of what it is given
             nats += float(F.cross_entropy(logits(ids).float().flatten(0, 1), targets.flatten(), reduction="sum"))
             size += int(token_bytes[targets].sum())
     return nats / math.log(2) / size

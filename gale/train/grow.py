@@ -21,7 +21,7 @@ from gale.model.config import Experts, ModelConfig
 from gale.model.grow import deepen, logit_difference, upcycle, widen
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
-from gale.train.loop import run
+from gale.train.loop import refuse_second_run, run
 from gale.train.model_folder import check_fits, export_decoder
 from gale.train.next_token import next_token
 from gale.train.parallel import World, joined
@@ -40,42 +40,50 @@ def grow(recipe: GrowRecipe, out: Path, *, resume: bool = False) -> dict[str, An
 
     The finished folder ``out/model`` has a ``growth.json`` that tells where the model began.
     """
+    with joined() as world:
+        with world.together():  # before the work of growing, and before the first process may begin to write
+            if world.main and not resume:
+                refuse_second_run(out)
+        return run(_stage(recipe, world), out, resume=resume)
+
+
+def _stage(recipe: GrowRecipe, world: World) -> Stage[Decoder]:
+    """The stage over the grown model, once it has been said what growing did."""
     data = ready_data(recipe.data)
-    manifest = read_manifest(data)
-    tokenizer = Tokenizer.load(data / "tokenizer")
     check_fits(recipe.base, ModelConfig.load(recipe.base), data, recipe.row_tokens)
     tokenizer = Tokenizer.load(data / "tokenizer")
     objective = next_token(recipe, data, loss_on="all", long="split")
     base = load_model(recipe.base, dtype=torch.float32)
     grown = grown_from(base, recipe.grow, recipe.seed)
     report = measure(recipe, base, grown)
-    with joined() as world:
-        if world.main:
-            with torch.no_grad():
-                report["held_out"] = {
-                    name: objective.evaluate(model, World()) for name, model in (("base", base), ("grown", grown))
-                }
-            tell(report)
+    if world.main:
+        with torch.no_grad():
+            report["held_out"] = {
+                name: objective.evaluate(model, World()) for name, model in (("base", base), ("grown", grown))
+            }
+        tell(report)
 
-        def export(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
-            export_decoder(model, tokenizer, folder, dtype)
-            files.write_json(folder / GROWTH, report)
+    def build(dtype: torch.dtype) -> Decoder:
+        return grown_from(load_model(recipe.base, dtype=torch.float32), recipe.grow, recipe.seed).to(dtype)
 
-        stage = Stage(
-            name="grow",
-            recipe=recipe,
-            data=(data,),
-            facts={"data_fingerprint": manifest["fingerprint"], "base_fingerprint": report["base_fingerprint"]},
-            build=lambda dtype: grown_from(load_model(recipe.base, dtype=torch.float32), recipe.grow, recipe.seed).to(
-                dtype
-            ),
-            objective=objective,
-            export=export,
-            flops_per_token=grown.config.flops_per_token(recipe.row_tokens),
-            samples=decoder_samples(recipe, tokenizer, grown.config.context_length, chat=False),
-        )
-        del base, grown
-        return run(stage, out, resume=resume)
+    def export(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
+        export_decoder(model, tokenizer, folder, dtype)
+        files.write_json(folder / GROWTH, report)
+
+    return Stage(
+        name="grow",
+        recipe=recipe,
+        data=(data,),
+        facts={
+            "data_fingerprint": read_manifest(data)["fingerprint"],
+            "base_fingerprint": report["base_fingerprint"],
+        },
+        build=build,
+        objective=objective,
+        export=export,
+        flops_per_token=grown.config.flops_per_token(recipe.row_tokens),
+        samples=decoder_samples(recipe, tokenizer, grown.config.context_length, chat=False),
+    )
 
 
 def grow_only(recipe: GrowRecipe, folder: Path) -> dict[str, Any]:

@@ -57,6 +57,12 @@ def run(stage: Stage[ModelType], out: Path, *, resume: bool) -> dict[str, Any]:
             return _run(stage, out, resume, world)
 
 
+def refuse_second_run(out: Path) -> None:
+    """Raise :class:`CheckpointError` where ``out`` holds a run already; stages that work before theirs ask first."""
+    if (out / "checkpoints").exists() or (out / METRICS).exists():
+        raise CheckpointError(f"{out} already holds a run.", hint="Continue it with --resume, or choose another --out.")
+
+
 def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict[str, Any]:
     recipe, objective = stage.recipe, stage.objective
     micro_batches = recipe.batch_rows // recipe.micro_rows
@@ -247,10 +253,7 @@ def _start(
 ) -> tuple[int, int]:
     """Steps and tokens that are done already."""
     if not resume:
-        if (out / "checkpoints").exists() or (out / METRICS).exists():
-            raise CheckpointError(
-                f"{out} already holds a run.", hint="Continue it with --resume, or choose another --out."
-            )
+        refuse_second_run(out)
         return 0, 0
     found = load_checkpoint(out, facts, machine, silent=silent)
     if found is None:
