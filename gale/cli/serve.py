@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ def serve(
         str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
+    weights: Annotated[
+        Literal["bf16", "int8", "int4"],
+        typer.Option(help="bf16 as they are; int8 or int4 are rounded and much faster on a CPU."),
+    ] = "bf16",
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
@@ -31,7 +35,7 @@ def serve(
         from gale.engine.local import LocalEngine
         from gale.registry.models import resolve_model
 
-        engine = LocalEngine.load(resolve_model(model))
+        engine = LocalEngine.load(resolve_model(model), weights=weights)
         lifecycle = Lifecycle()
         app = create_app(engine, store, lifecycle=lifecycle)
 
