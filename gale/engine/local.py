@@ -32,7 +32,7 @@ from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
-MAX_RUNNING = 16
+MAX_RUNNING = 64
 MAX_UNFINISHED = 256
 PREFILL_CHUNK = 256
 _CLOSE_SECONDS = 10.0
