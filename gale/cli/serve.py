@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+_UPSTREAM, _RAY = "Another server", "Replicas"
 
 
 def serve(
@@ -15,35 +18,61 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),
+    ] = None,
+    upstream_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its model, where it has several.", rich_help_panel=_UPSTREAM)
+    ] = None,
+    upstream_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable that holds its key.", rich_help_panel=_UPSTREAM),
+    ] = None,
+    upstream_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File that holds its key.", rich_help_panel=_UPSTREAM)
+    ] = None,
+    upstream_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="TOKENS", help="Its context, where it keeps that secret.", rich_help_panel=_UPSTREAM
+        ),
+    ] = None,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
     # Imported here, cheap before costly: what is wrong with the port or the database is said before torch is loaded,
     # and the other verbs do not pay for any of it.
+    from gale.cli.engines import EngineChoice, opened
     from gale.core.settings import settings
     from gale.platform.store import Store
     from gale.server.app import create_app
     from gale.server.lifecycle import Lifecycle
     from gale.server.runner import address_of, listen, run
 
+    choice = EngineChoice(
+        model,
+        upstream=upstream,
+        upstream_model=upstream_model,
+        upstream_key_env=upstream_key_env,
+        upstream_key_file=upstream_key_file,
+        upstream_context=upstream_context,
+    )
     sock = listen(host, port)
     store = Store.open(db or settings().database_url)
     try:
-        from gale.engine.local import LocalEngine
-        from gale.registry.models import resolve_model
+        with opened(choice) as engine:
+            lifecycle = Lifecycle()
+            app = create_app(engine, store, lifecycle=lifecycle)
 
-        engine = LocalEngine.load(resolve_model(model))
-        lifecycle = Lifecycle()
-        app = create_app(engine, store, lifecycle=lifecycle)
+            def say_ready() -> None:
+                print(f"Gale is ready at {address_of(sock, host)} - model {engine.model_id} - Ctrl-C stops", flush=True)
 
-        def say_ready() -> None:
-            print(f"Gale is ready at {address_of(sock, host)} - model {engine.model_id} - Ctrl-C stops", flush=True)
+            async def serve_and_close() -> None:
+                try:
+                    await run(app, sock, lifecycle, say_ready)
+                finally:
+                    await engine.close()
 
-        async def serve_and_close() -> None:
-            try:
-                await run(app, sock, lifecycle, say_ready)
-            finally:
-                await engine.close()
-
-        asyncio.run(serve_and_close())
+            asyncio.run(serve_and_close())
     finally:
         store.close()

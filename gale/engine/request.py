@@ -147,6 +147,9 @@ class Engine(Protocol):
         Raises :class:`ContextLengthError` as :meth:`count_prompt_tokens` does.
         """
 
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """The tokens that :meth:`chat` answers. Raises as :meth:`count_prompt_tokens` does."""
+
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """What one token adds to a text, which may be part of a character; control tokens add nothing unless shown.
 

@@ -1,0 +1,72 @@
+"""The engine that ``gale serve`` serves: a model in this process, replicas on a Ray cluster, or another server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gale.core.errors import GaleError
+
+if TYPE_CHECKING:
+    from gale.engine.request import Engine
+
+_MOST_KEY_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """What was asked for on the command line; at most one of ``upstream`` and ``ray``."""
+
+    model: str | None = None
+    upstream: str | None = None
+    upstream_model: str | None = None
+    upstream_key_env: str | None = None
+    upstream_key_file: Path | None = None
+    upstream_context: int | None = None
+
+
+@contextmanager
+def opened(choice: EngineChoice) -> Iterator[Engine]:
+    """The engine; whoever serves it closes it. Raises :class:`GaleError`."""
+    if choice.upstream is not None:
+        if choice.model is not None:
+            raise GaleError("--model names a model of this machine.", hint="Use --upstream-model with --upstream.")
+        from gale.engine.upstream import UpstreamEngine
+
+        yield UpstreamEngine.connect(
+            choice.upstream,
+            model=choice.upstream_model,
+            key=_read_key(choice.upstream_key_env, choice.upstream_key_file),
+            context_length=choice.upstream_context,
+        )
+        return
+    from gale.engine.local import LocalEngine
+    from gale.registry.models import resolve_model
+
+    yield LocalEngine.load(resolve_model(choice.model))
+
+
+def _read_key(variable: str | None, file: Path | None) -> str | None:
+    """The key from where it was said to be. No message ever holds it."""
+    if variable is not None and file is not None:
+        raise GaleError("Give one of --upstream-key-env and --upstream-key-file.")
+    if variable is not None:
+        key, place = os.environ.get(variable, ""), f"the environment variable {variable}"
+    elif file is not None:
+        try:
+            with file.open("rb") as stream:
+                key, place = stream.read(_MOST_KEY_BYTES).decode("ascii", "replace"), str(file)
+        except OSError as error:
+            raise GaleError(f"{file} cannot be read: {error.strerror}.") from error
+    else:
+        return None
+    key = key.strip()
+    if not key:
+        raise GaleError(f"There is no key in {place}.")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise GaleError(f"What {place} holds is no key: it has spaces or characters that a header cannot carry.")
+    return key
