@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +28,18 @@ class EngineChoice:
     upstream_key_env: str | None = None
     upstream_key_file: Path | None = None
     upstream_context: int | None = None
+    ray: str | None = None
+    replicas: int = 1
+    replica_cpus: float = 1.0
+    replica_gpus: float = 0.0
 
 
 @contextmanager
-def opened(choice: EngineChoice) -> Iterator[Engine]:
-    """The engine; whoever serves it closes it. Raises :class:`GaleError`."""
+def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
+    """The engine for a server on ``port``; whoever serves it closes it. Raises :class:`GaleError`."""
     if choice.upstream is not None:
+        if choice.ray is not None:
+            raise GaleError("Give one of --upstream and --ray.")
         if choice.model is not None:
             raise GaleError("--model names a model of this machine.", hint="Use --upstream-model with --upstream.")
         from gale.engine.upstream import UpstreamEngine
@@ -44,8 +51,22 @@ def opened(choice: EngineChoice) -> Iterator[Engine]:
             context_length=choice.upstream_context,
         )
         return
-    from gale.engine.local import LocalEngine
     from gale.registry.models import resolve_model
+
+    if choice.ray is not None:
+        from gale.core.cluster import joined_ray
+        from gale.engine.replicas import ReplicaEngine
+
+        with joined_ray(choice.ray):
+            yield ReplicaEngine.start(
+                resolve_model(choice.model),
+                name=f"gale-{socket.gethostname()}-{port}",
+                replicas=choice.replicas,
+                cpus=choice.replica_cpus,
+                gpus=choice.replica_gpus,
+            )
+        return
+    from gale.engine.local import LocalEngine
 
     yield LocalEngine.load(resolve_model(choice.model))
 

@@ -38,6 +38,19 @@ def serve(
             min=1, metavar="TOKENS", help="Its context, where it keeps that secret.", rich_help_panel=_UPSTREAM
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run the model on the Ray cluster at this address ('local' starts one here).",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="How many times to run the model there.", rich_help_panel=_RAY)
+    ] = 1,
+    replica_cpus: Annotated[float, typer.Option(min=0.01, help="Processors for each.", rich_help_panel=_RAY)] = 1.0,
+    replica_gpus: Annotated[float, typer.Option(min=0, help="Graphics cards for each.", rich_help_panel=_RAY)] = 0.0,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
     # Imported here, cheap before costly: what is wrong with the port or the database is said before torch is loaded,
@@ -56,11 +69,15 @@ def serve(
         upstream_key_env=upstream_key_env,
         upstream_key_file=upstream_key_file,
         upstream_context=upstream_context,
+        ray=ray,
+        replicas=replicas,
+        replica_cpus=replica_cpus,
+        replica_gpus=replica_gpus,
     )
     sock = listen(host, port)
     store = Store.open(db or settings().database_url)
     try:
-        with opened(choice) as engine:
+        with opened(choice, port=sock.getsockname()[1]) as engine:
             lifecycle = Lifecycle()
             app = create_app(engine, store, lifecycle=lifecycle)
 

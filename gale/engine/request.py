@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 from gale.core.errors import GaleError
 from gale.text.template import Message
@@ -26,6 +27,11 @@ class ContextLengthError(GaleError):
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+        self.at_least = at_least
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels between processes, which needs to know how to make it again."""
+        return partial(type(self), at_least=self.at_least), (self.prompt_tokens, self.context_length)
 
 
 class PromptError(GaleError):

@@ -27,6 +27,8 @@ from gale.text.template import Message
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _LOCAL_SERVERS = ("vllm", "sglang", "llamacpp")
 _OTHER_NAMES = {"llamacpp": {"repetition_penalty": "repeat_penalty"}}
+# What these would leave aside without a word.
+_LACKING = {"llamacpp": ("stop_token_ids",)}
 # Of SamplingParams, what may be passed on as it is. Everything else is refused where a caller asks for it.
 _SAME_NAME = ("seed", "frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", *_NEUTRAL)
 _MAPPED = {"max_tokens", "temperature", "top_p", "stop", "logprobs", "prompt_logprobs"}
@@ -64,9 +66,11 @@ def sampling_body(sampling: SamplingParams, owner: str) -> tuple[dict[str, Any],
         default = field.default_factory() if callable(field.default_factory) else field.default
         if field.name in _MAPPED or value == default:
             continue
-        if field.name not in _SAME_NAME:
-            raise UpstreamRefusedError(f"'{field.name}' cannot be passed on to another server.")
-        body[field.name] = value
+        if field.name not in _SAME_NAME or field.name in _LACKING.get(owner, ()):
+            raise UpstreamRefusedError(f"'{field.name}' cannot be passed on to this upstream.")
+        if field.name == "logit_bias":
+            value = {str(token): bias for token, bias in value}
+        body[field.name] = list(value) if isinstance(value, tuple) else value
         optional.discard(field.name)
     names = _OTHER_NAMES.get(owner, {})
     return {names.get(name, name): value for name, value in body.items()}, {names.get(name, name) for name in optional}
