@@ -96,6 +96,10 @@ class LocalEngine:
         self._refuse_megabytes(len(text))
         return self._tokenizer.encode(text, control_tokens=True)
 
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """See :meth:`gale.engine.request.Engine.encode_chat`."""
+        return self._prompt(messages)
+
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._tokenizer.token_bytes(token, control_tokens=control_tokens)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 from gale.core.errors import GaleError
 from gale.text.template import Message
@@ -26,6 +27,11 @@ class ContextLengthError(GaleError):
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+        self.at_least = at_least
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels between processes, which needs to know how to make it again."""
+        return partial(type(self), at_least=self.at_least), (self.prompt_tokens, self.context_length)
 
 
 class PromptError(GaleError):
@@ -146,6 +152,9 @@ class Engine(Protocol):
 
         Raises :class:`ContextLengthError` as :meth:`count_prompt_tokens` does.
         """
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """The tokens that :meth:`chat` answers. Raises as :meth:`count_prompt_tokens` does."""
 
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """What one token adds to a text, which may be part of a character; control tokens add nothing unless shown.

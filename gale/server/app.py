@@ -18,6 +18,7 @@ from gale.server import (
     page_conversations,
     page_turns,
     static_page,
+    tokenize,
 )
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
@@ -52,6 +53,7 @@ def create_app(
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
+    app.include_router(tokenize.routes(engine))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)

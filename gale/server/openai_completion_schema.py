@@ -63,6 +63,8 @@ class CompletionRequest(BaseModel):
     stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(max_length=MOST_STOPS)] = []
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    # vLLM's: tokens in logprobs stand as "token_id:N", for callers that need ids
+    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -38,6 +38,7 @@ from gale.server.openai_logprobs import LogprobLists
 from gale.server.openai_models import require_model
 from gale.server.openai_request import invalid, refuse_unsupported
 from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
+from gale.server.tokenize import text_of
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 # Choices of one request that the engine has at once, so that one client's batch leaves places for others.
@@ -67,6 +68,7 @@ class _Job:
     ids: list[int]
     echo: str | None
     sampling: SamplingParams
+    as_ids: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     jobs: list[_Job] = []
+    as_ids = bool(body.return_tokens_as_token_ids)
     scored = 0
     for place, prompt in enumerate(body.prompt):
         param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
@@ -137,12 +140,12 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
         scored += copies * (len(ids) * sampling.prompt_logprobs + limit) * (1 + (body.logprobs or 0))
         if body.logprobs is not None and scored > _MOST_SCORES:
             raise invalid("logprobs", f"this asks for more than {_MOST_SCORES:,} scores; send fewer prompts at once")
-        text = prompt if isinstance(prompt, str) else _text(engine, ids) if body.echo else ""
+        text = prompt if isinstance(prompt, str) else text_of(engine, ids) if body.echo else ""
         for copy in range(copies):
             # Copies with one seed would all be alike.
             seed = None if body.seed is None else body.seed + copy
             own = replace(sampling, seed=seed)
-            jobs.append(_Job(len(jobs), param, ids, text if body.echo else None, own))
+            jobs.append(_Job(len(jobs), param, ids, text if body.echo else None, own, as_ids))
     return jobs
 
 
@@ -209,7 +212,7 @@ async def _all_pieces(engine: Engine, jobs: list[_Job]) -> AsyncGenerator[_Piece
 
 async def _pieces(engine: Engine, job: _Job) -> AsyncGenerator[_Piece, None]:
     """One choice, piece by piece. Raises :class:`ApiError` 400 for a prompt that the model cannot take."""
-    logprobs = None if job.sampling.logprobs is None else LogprobLists(engine)
+    logprobs = None if job.sampling.logprobs is None else LogprobLists(engine, as_ids=job.as_ids)
     try:
         events = engine.complete(job.ids, job.sampling)
     except PromptError as error:
@@ -266,10 +269,6 @@ def _too_long(error: ContextLengthError, param: str) -> ApiError:
         code="context_length_exceeded",
         param=param,
     )
-
-
-def _text(engine: Engine, ids: list[int]) -> str:
-    return b"".join(engine.token_bytes(token, control_tokens=True) for token in ids).decode("utf-8", "replace")
 
 
 def _usage(choices: list[_Piece], copies: int) -> dict[str, int]:

@@ -13,11 +13,12 @@ class LogprobLists:
     """Turns the scores of one choice into ``tokens``, ``token_logprobs``, ``top_logprobs`` and ``text_offset``.
 
     Offsets count characters of the choice's text; a token that ends a character begun before it stands at that
-    character's place.
+    character's place. With ``as_ids`` tokens stand as ``token_id:N`` in place of their text, as vLLM can do it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, as_ids: bool = False) -> None:
         self._engine = engine
+        self._as_ids = as_ids
         self._characters = 0
         # Counts as people see them: bytes that are no character show as one replacement character.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -47,6 +48,8 @@ class LogprobLists:
 
     def _text(self, token: int) -> str:
         """A token by itself; one that is no whole text is spelled out as OpenAI does, ``bytes:\\xe4\\xbd``."""
+        if self._as_ids:
+            return f"token_id:{token}"
         data = self._engine.token_bytes(token, control_tokens=True)
         try:
             return data.decode()

@@ -1,4 +1,4 @@
-"""``GET /v1/models``: what is served, as OpenAI lists it."""
+"""``GET /v1/models``: what is served, as OpenAI lists it, with vLLM's ``max_model_len``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from gale.server.errors import ApiError
 def routes(engine: Engine) -> APIRouter:
     """The list and the single model."""
     router = APIRouter(tags=["openai"])
-    model = {"id": engine.model_id, "object": "model", "created": int(time.time()), "owned_by": "gale"}
+    model = {
+        "id": engine.model_id,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "gale",
+        "max_model_len": engine.context_length,
+    }
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
