@@ -129,8 +129,8 @@ class CachedAttention:
         self._native: Any = None  # what the kernels need to know of the batch, the same for all layers
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        window = self.config.sliding_window if layer >= self.config.sliding_from_layer else None
-        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 32 == 0:
+        window, softcap = self.config.window(layer), self.config.attention_softcap
+        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 32 == 0 and softcap is None:
             if self._native is None:
                 self._native = kernels.sequences(
                     [
@@ -144,12 +144,14 @@ class CachedAttention:
         for cache, count in zip(self.caches, self.counts, strict=True):
             high = low + count
             keys_KTD, values_KTD = cache.extend(layer, k_NKD[low:high], v_NKD[low:high])
-            out_NHD[low:high] = attend_one(q_NHD[low:high], keys_KTD, values_KTD, window)
+            out_NHD[low:high] = attend_one(q_NHD[low:high], keys_KTD, values_KTD, window, softcap)
             low = high
         return out_NHD
 
 
-def attend_one(q_QHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: int | None) -> Tensor:
+def attend_one(
+    q_QHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: int | None, softcap: float | None = None
+) -> Tensor:
     """Attention of a sequence's newest Q tokens over all its T tokens, causal: [Q, H, D] -> [Q, H, D]; fp32 softmax."""
     queries, _, head_dim = q_QHD.shape
     key_heads, tokens, _ = keys_KTD.shape
@@ -158,6 +160,8 @@ def attend_one(q_QHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: int 
         keys_KTD, values_KTD, tokens = keys_KTD[:, first:], values_KTD[:, first:], tokens - first
     q_KRD = q_QHD.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     scores_KRT = torch.bmm(q_KRD, keys_KTD.transpose(1, 2)).float().mul_(head_dim**-0.5)
+    if softcap is not None:
+        scores_KRT.div_(softcap).tanh_().mul_(softcap)
     if queries > 1:
         hidden_QT = torch.ones(queries, tokens, dtype=torch.bool, device=q_QHD.device).triu_(tokens - queries + 1)
         if window is not None:
