@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from gale.core import files
 
 
 def serve(
@@ -14,6 +17,10 @@ def serve(
         str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A LoRA adapter to serve under a name of its own; may be repeated."),
+    ] = None,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
@@ -25,6 +32,7 @@ def serve(
     from gale.server.lifecycle import Lifecycle
     from gale.server.runner import address_of, listen, run
 
+    adapters = _adapters(adapter or [])
     sock = listen(host, port)
     store = Store.open(db or settings().database_url)
     try:
@@ -32,6 +40,8 @@ def serve(
         from gale.registry.models import resolve_model
 
         engine = LocalEngine.load(resolve_model(model))
+        for name, folder in adapters.items():
+            engine.load_adapter(name, folder)
         lifecycle = Lifecycle()
         app = create_app(engine, store, lifecycle=lifecycle)
 
@@ -47,3 +57,15 @@ def serve(
         asyncio.run(serve_and_close())
     finally:
         store.close()
+
+
+def _adapters(options: list[str]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for option in options:
+        name, equals, folder = option.partition("=")
+        if not (name and equals and folder) or name in adapters:
+            raise typer.BadParameter(
+                f"{option!r}: give each as NAME=DIR, with names of their own.", param_hint="--adapter"
+            )
+        adapters[name] = files.resolve(Path(folder))
+    return adapters

@@ -12,7 +12,9 @@ from pathlib import Path
 import structlog
 
 from gale.core.device import choose_compute
+from gale.core.errors import ModelError
 from gale.core.model_folder import model_name, read_json
+from gale.engine.adapters import Adapter, BatchAdapters
 from gale.engine.batcher import Batcher
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.request import (
@@ -26,6 +28,7 @@ from gale.engine.request import (
     SamplingParams,
 )
 from gale.engine.sequence import Sequence
+from gale.model.adapter_folder import read_adapter_layers
 from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
@@ -34,6 +37,7 @@ from gale.text.tokenizer import Tokenizer
 MAX_RUNNING = 16
 MAX_UNFINISHED = 256
 PREFILL_CHUNK = 256
+MOST_ADAPTER_RANK = 256
 _CLOSE_SECONDS = 10.0
 
 log = structlog.get_logger()
@@ -47,13 +51,21 @@ class LocalEngine:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, *, model_id: str, end_tokens: frozenset[int] = frozenset()
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        model_id: str,
+        end_tokens: frozenset[int] = frozenset(),
+        folder: Path | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
         self._model_id = model_id
         self._end_tokens = end_tokens
+        self._folder = folder  # where the model came from: what its adapters are compared with
+        self._adapters = BatchAdapters(model)
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
@@ -73,12 +85,46 @@ class LocalEngine:
             tokenizer,
             model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
+            folder=folder,
         )
 
     @property
     def model_id(self) -> str:
         """The name under which the model is served."""
         return self._model_id
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that can be asked for."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve the adapter ``folder``, Gale's or PEFT's, under ``name``, in the place of one of that name if any.
+
+        Running requests go on; may be called from any thread. Raises :class:`ModelError` for an adapter that does not
+        belong to this model, see :func:`gale.model.adapter_folder.read_adapter_layers`.
+        """
+        if not name or name == self._model_id:
+            raise ModelError(f"An adapter cannot be called {name!r}.", hint="Give it a name of its own.")
+        base = self._folder if self._folder is not None and self._folder.is_dir() else None
+        layers = read_adapter_layers(folder, self._model, base=base, most_rank=MOST_ADAPTER_RANK)
+        template, ends = None, self._end_tokens
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.load(folder)
+            theirs = tokenizer.vocabulary
+            if any(theirs.get(token) != number for token, number in self._tokenizer.vocabulary.items()):
+                raise ModelError(f"The adapter {folder} was made with another tokenizer than the model's.")
+            ends |= end_tokens(folder, tokenizer)
+            if tokenizer.chat_template is not None:
+                template = ChatTemplate(tokenizer.chat_template, self._tokenizer)
+        self._adapters.add(Adapter(name, layers, template, ends))
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; its memory is freed when the last one that runs has ended.
+
+        Raises :class:`gale.engine.request.UnknownAdapterError`.
+        """
+        self._adapters.remove(name)
 
     @property
     def context_length(self) -> int:
@@ -100,7 +146,7 @@ class LocalEngine:
 
     async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        prompt = await asyncio.to_thread(self._prompt, messages)
+        prompt = await asyncio.to_thread(self._prompt, messages, self._adapters.get(sampling.adapter))
         events = self._run(prompt, replace(sampling, prompt_logprobs=False))
         try:
             async for event in events:
@@ -125,6 +171,7 @@ class LocalEngine:
             raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
         if self._closing or not self._thread.is_alive():
             raise EngineFailedError("The engine has stopped.")
+        adapter = self._adapters.get(sampling.adapter)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[PromptScores | Event | Exception] = asyncio.Queue()
 
@@ -134,7 +181,13 @@ class LocalEngine:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         sequence = Sequence(
-            prompt, sampling, room=room, end_tokens=self._end_tokens, stream=self._tokenizer.stream(), emit=emit
+            prompt,
+            sampling,
+            room=room,
+            end_tokens=self._end_tokens if adapter is None else adapter.end_tokens,
+            stream=self._tokenizer.stream(),
+            emit=emit,
+            adapter=adapter,
         )
         self._unfinished += 1
         self._inbox.put(sequence)
@@ -150,13 +203,14 @@ class LocalEngine:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
+    def _prompt(self, messages: list[Message], adapter: Adapter | None = None) -> list[int]:
         """The conversation's tokens. Raises :class:`ContextLengthError` at once for what cannot fit in any way.
 
         Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
         """
         self._refuse_megabytes(_characters(messages))
-        return self._template.prompt(messages)
+        template = self._template if adapter is None else adapter.template or self._template
+        return template.prompt(messages)
 
     def _refuse_megabytes(self, characters: int) -> None:
         least = characters // self._tokenizer.longest_token_characters
@@ -176,6 +230,7 @@ class LocalEngine:
             max_running=MAX_RUNNING,
             max_cached_tokens=cached_tokens_that_fit(self._model),
             prefill_chunk=PREFILL_CHUNK,
+            adapters=self._adapters,
         )
         while True:
             try:

@@ -32,6 +32,13 @@ class PromptError(GaleError):
     """Raw tokens that the model cannot read: none at all, or a number outside of its vocabulary."""
 
 
+class UnknownAdapterError(GaleError):
+    """A request for an adapter that is not loaded, or not any more."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no adapter `{name[:200]}`.")
+
+
 class EngineOverloadedError(GaleError):
     """The queue is full; trying again later may work."""
 
@@ -52,6 +59,8 @@ class SamplingParams:
     ``logprobs`` N asks for each token's log-probability and for the N likeliest tokens beside it (0 for none);
     ``prompt_logprobs`` asks the same of the prompt's tokens, for :meth:`Engine.complete` only. They are the model's
     own, whatever temperature and top-p do.
+
+    ``adapter`` names the adapter over the model that is to answer.
     """
 
     max_tokens: int | None = None
@@ -61,6 +70,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +134,10 @@ class Engine(Protocol):
         """The name under which the model is served."""
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters over the model, for ``SamplingParams.adapter``."""
+
+    @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
 
@@ -137,8 +151,8 @@ class Engine(Protocol):
         """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
 
         Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
-        step. Raises :class:`ContextLengthError` or :class:`EngineOverloadedError` before the first event and
-        :class:`EngineFailedError` at any time.
+        step. Raises :class:`ContextLengthError`, :class:`UnknownAdapterError` or :class:`EngineOverloadedError`
+        before the first event and :class:`EngineFailedError` at any time.
         """
 
     def encode(self, text: str) -> list[int]:

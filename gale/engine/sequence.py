@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from typing import Protocol
 
+from gale.engine.adapters import Adapter
 from gale.engine.kv_cache import SequenceCache
 from gale.engine.request import (
     Event,
@@ -43,12 +44,14 @@ class Sequence:
         end_tokens: Set[int],
         stream: TextStream,
         emit: Callable[[PromptScores | Event | Exception], None],
+        adapter: Adapter | None = None,
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet
         self.cache: SequenceCache | None = None  # given when the sequence is admitted
         self.sampler = Sampler(params)
         self.emit = emit
         self.params = params
+        self.adapter = adapter
         self.generated: list[int] = []
         self.logprobs: list[float] = []
         self.cancelled = False
