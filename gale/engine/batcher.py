@@ -102,6 +102,8 @@ class Batcher:
             cache.advance(count)
             known = sequence.pending[1 : count + 1]
             sequence.pending = sequence.pending[count:]
+            if sequence.observer is not None:
+                sequence.pending = sequence.observer.observe(hidden_NC[low : row + 1], cache, sequence.pending)
             sequence.read(self._score_prompt(sequence, hidden_NC[low : low + len(known)], known))
             if not sequence.pending and not sequence.finished:  # the last token's scores are the next token's
                 sampled.append((sequence, row))

@@ -6,7 +6,9 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Many
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -17,12 +19,16 @@ from gale.core.model_folder import model_name, read_json
 from gale.engine.adapters import Adapter, BatchAdapters
 from gale.engine.batcher import Batcher
 from gale.engine.kv_cache import cached_tokens_that_fit
+from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
 from gale.engine.request import (
     ContextLengthError,
+    Decision,
+    Embeddings,
     EngineFailedError,
     EngineOverloadedError,
     Event,
     Finished,
+    Pooling,
     PromptError,
     PromptScores,
     SamplingParams,
@@ -44,7 +50,7 @@ log = structlog.get_logger()
 
 
 class LocalEngine:
-    """A model in this process. Implements :class:`gale.engine.request.Engine`.
+    """A model in this process. Implements :class:`gale.engine.request.Engine` and :class:`gale.engine.request.Reader`.
 
     The event loop never computes: requests travel to the engine's thread through a queue, events travel back
     through ``call_soon_threadsafe``.
@@ -66,6 +72,7 @@ class LocalEngine:
         self._end_tokens = end_tokens
         self._folder = folder  # where the model came from: what its adapters are compared with
         self._adapters = BatchAdapters(model)
+        self._pooling = own_pooling(folder)
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
@@ -157,13 +164,69 @@ class LocalEngine:
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
+        self._check(prompt)
+        return self._run(prompt, sampling)
+
+    def _check(self, prompt: list[int]) -> None:
         if not prompt:
             raise PromptError("A prompt needs at least one token.")
         if not 0 <= min(prompt) <= max(prompt) < self._model.config.vocabulary_size:
             raise PromptError(f"This model's tokens are numbered from 0 to {self._model.config.vocabulary_size - 1}.")
-        return self._run(prompt, sampling)
 
-    async def _run(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
+    @property
+    def embedding_size(self) -> int:
+        """See :meth:`gale.engine.request.Reader.embedding_size`."""
+        return self._model.config.hidden_size
+
+    def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
+        """See :meth:`gale.engine.request.Reader.encode_chat`."""
+        return self._prompt(messages, self._adapters.get(adapter))
+
+    def encode_text(self, text: str) -> list[int]:
+        """See :meth:`gale.engine.request.Reader.encode_text`."""
+        self._refuse_megabytes(len(text))
+        return self._tokenizer.encode_whole(text)
+
+    async def embed(
+        self,
+        inputs: Many[str | list[int]],
+        *,
+        pooling: Pooling | None = None,
+        normalise: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> Embeddings:
+        """See :meth:`gale.engine.request.Reader.embed`."""
+        if dimensions is not None and not 1 <= dimensions <= self.embedding_size:
+            raise PromptError(f"This model's vectors have {self.embedding_size} dimensions.")
+        texts = [text if isinstance(text, list) else await asyncio.to_thread(self.encode_text, text) for text in inputs]
+        pools = [Pool(pooling or self._pooling) for _ in texts]
+        for text in texts:
+            self._check(text)
+        await in_turns([partial(self._read, text, adapter, pool) for text, pool in zip(texts, pools, strict=True)])
+        vectors = [pool.vector(normalise=normalise, dimensions=dimensions) for pool in pools]
+        return Embeddings(vectors, sum(map(len, texts)))
+
+    async def decide(self, prompt: list[int], labels: Many[str], *, adapter: str | None = None) -> Decision:
+        """See :meth:`gale.engine.request.Reader.decide`."""
+        self._check(prompt)
+        ways = [self._tokenizer.encode(label) for label in labels]
+        if not all(ways) or len({tuple(way) for way in ways}) != max(1, len(ways)):
+            raise PromptError("There must be at least one label, and each must have a text of its own.")
+        scorer = LabelScorer(len(prompt), ways, self._model.logits)
+        if (longest := len(prompt) + scorer.further_tokens) > self.context_length:
+            raise ContextLengthError(longest, self.context_length)
+        await self._read(prompt, adapter, scorer)
+        return Decision(scorer.logprobs(), len(prompt) + scorer.label_tokens)
+
+    async def _read(self, prompt: list[int], adapter: str | None, observer: Observer) -> None:
+        """Show ``observer`` a prompt as the model reads it; nothing is written."""
+        async for _ in self._run(prompt, SamplingParams(max_tokens=0, adapter=adapter), observer):
+            pass
+
+    async def _run(
+        self, prompt: list[int], sampling: SamplingParams, observer: Observer | None = None
+    ) -> AsyncGenerator[PromptScores | Event, None]:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
@@ -188,6 +251,7 @@ class LocalEngine:
             stream=self._tokenizer.stream(),
             emit=emit,
             adapter=adapter,
+            observer=observer,
         )
         self._unfinished += 1
         self._inbox.put(sequence)

@@ -6,14 +6,16 @@ OpenAI-compatible server and for replicas, so nothing above this room knows whic
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from gale.core.errors import GaleError
 from gale.text.template import Message
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Pooling = Literal["mean", "last"]
 
 
 class ContextLengthError(GaleError):
@@ -123,6 +125,29 @@ class Finished:
 Event = TextDelta | Finished
 
 
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector for each text, in their order, and how many tokens were read for all."""
+
+    vectors: list[list[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The natural log-probability of each label as what follows the prompt, and how many tokens were read."""
+
+    logprobs: list[float]
+    prompt_tokens: int
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Of each label, if the answer is one of them: they sum to 1."""
+        best = max(self.logprobs)
+        weights = [math.exp(logprob - best) for logprob in self.logprobs]
+        return [weight / sum(weights) for weight in weights]
+
+
 class Engine(Protocol):
     """A model that answers.
 
@@ -176,3 +201,45 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop all requests and free the model."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What an engine can do besides, if its model is at hand: answer by reading alone. Called as :class:`Engine` is."""
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers of a whole vector."""
+
+    def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
+        """The tokens the model reads before it answers ``messages``. Raises :class:`ContextLengthError`."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of a text to embed, with what the tokenizer puts around a text; none of it is taken for control.
+
+        Raises :class:`ContextLengthError` for what is far too long.
+        """
+
+    async def embed(
+        self,
+        inputs: Sequence[str | list[int]],
+        *,
+        pooling: Pooling | None = None,
+        normalise: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> Embeddings:
+        """A vector for each text: the mean of its tokens' last hidden states, or the last token's.
+
+        Without ``pooling`` it is what the model's folder names, else the mean. ``dimensions`` keeps the first so many
+        numbers, before vectors are scaled to length 1. Raises as :meth:`Engine.complete` does, and
+        :class:`PromptError` for more dimensions than there are.
+        """
+
+    async def decide(self, prompt: list[int], labels: Sequence[str], *, adapter: str | None = None) -> Decision:
+        """How likely the model goes on with each label, of one or more tokens; the prompt is read once.
+
+        A label's tokens are those of its text alone, right behind the prompt: a space between them is the caller's to
+        write. Nothing is said of what follows: of the labels "a" and "ab", the first includes part of the second.
+        Raises as :meth:`Engine.complete` does, :class:`PromptError` for no labels, equal ones or an empty one.
+        """
