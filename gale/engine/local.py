@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 
 class LocalEngine:
-    """A model in this process. Implements :class:`gale.engine.request.Engine` and :class:`gale.engine.request.Reader`.
+    """A model in this process. Implements :class:`gale.engine.request.Reader`.
 
     The event loop never computes: requests travel to the engine's thread through a queue, events travel back
     through ``call_soon_threadsafe``.
@@ -199,7 +199,9 @@ class LocalEngine:
         """See :meth:`gale.engine.request.Reader.embed`."""
         if dimensions is not None and not 1 <= dimensions <= self.embedding_size:
             raise PromptError(f"This model's vectors have {self.embedding_size} dimensions.")
-        texts = [text if isinstance(text, list) else await asyncio.to_thread(self.encode_text, text) for text in inputs]
+        texts = await asyncio.to_thread(
+            lambda: [text if isinstance(text, list) else self.encode_text(text) for text in inputs]
+        )
         pools = [Pool(pooling or self._pooling) for _ in texts]
         for text in texts:
             self._check(text)

@@ -204,8 +204,8 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Reader(Protocol):
-    """What an engine can do besides, if its model is at hand: answer by reading alone. Called as :class:`Engine` is."""
+class Reader(Engine, Protocol):
+    """An engine that can also answer by reading alone. ``embed`` and ``decide`` are called as ``chat`` is."""
 
     @property
     def embedding_size(self) -> int:

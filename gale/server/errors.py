@@ -88,6 +88,17 @@ def as_api_error(error: Exception) -> ApiError:
             return internal_error()
 
 
+def too_long(error: ContextLengthError, param: str) -> ApiError:
+    """What a client is told of a text that is to be read and does not fit."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {error.context_length} tokens, and this has {error.prompt_tokens} "
+        "or more.",
+        code="context_length_exceeded",
+        param=param,
+    )
+
+
 def internal_error() -> ApiError:
     """A bug of ours. Asking again would meet it again, so clients are told not to."""
     return ApiError(

@@ -53,7 +53,7 @@ def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], Samp
         stop=tuple(request.stop),
         adapter=adapter,
     )
-    return _messages(request.messages), sampling
+    return to_messages(request.messages), sampling
 
 
 def refuse_unsupported(extra: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -85,7 +85,8 @@ def _token_limit(request: ChatRequest, context_length: int) -> int | None:
     return limit
 
 
-def _messages(messages: list[ChatMessage]) -> list[Message]:
+def to_messages(messages: list[ChatMessage]) -> list[Message]:
+    """Messages as the engine takes them. Raises :class:`ApiError` 400."""
     converted: list[Message] = []
     calls: set[str] = set()
     for index, message in enumerate(messages):
