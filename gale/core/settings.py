@@ -23,6 +23,7 @@ class Settings(BaseSettings):
         description="Folder for everything Gale keeps: runs, models, the database.",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads for the model; 0 means one per available core.")
+    kernels: bool = Field(default=True, description="Whether to use the native kernels; off means torch alone.")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("home")

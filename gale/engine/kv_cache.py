@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gale.model import kernels
 from gale.model.config import ModelConfig
 from gale.model.transformer import Attend, Decoder
 
@@ -50,6 +51,11 @@ class SequenceCache:
         self._config = config
         self._keys_LKTD, self._values_LKTD = keys_LKTD, values_LKTD
         self.length = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, K, capacity, D], of which the first :attr:`length` tokens are filled."""
+        return self._keys_LKTD, self._values_LKTD
 
     @property
     def capacity(self) -> int:
@@ -119,17 +125,25 @@ class OwnCaches:
         return CachedAttention(caches, counts, self.config)
 
 
-@dataclass(frozen=True, slots=True)
 class CachedAttention:
     """``attend`` for a batch: each sequence's new tokens stand one after another, ``counts`` of them."""
 
-    caches: list[SequenceCache]
-    counts: list[int]
-    config: ModelConfig
+    def __init__(self, caches: list[SequenceCache], counts: list[int], config: ModelConfig) -> None:
+        self.caches, self.counts, self.config = caches, counts, config
+        self._native: Any = None  # what the kernels need to know of the batch, the same for all layers
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        out_NHD = torch.empty_like(q_NHD)
         window = self.config.sliding_window if layer >= self.config.sliding_from_layer else None
+        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 32 == 0:
+            if self._native is None:
+                self._native = kernels.sequences(
+                    [
+                        (*cache.tensors, cache.length, count)
+                        for cache, count in zip(self.caches, self.counts, strict=True)
+                    ]
+                )
+            return kernels.attend(self._native, layer, q_NHD, k_NKD, v_NKD, window)
+        out_NHD = torch.empty_like(q_NHD)
         low = 0
         for cache, count in zip(self.caches, self.counts, strict=True):
             high = low + count

@@ -36,6 +36,7 @@ from gale.engine.request import (
 from gale.engine.sequence import Sequence
 from gale.model.adapter_folder import read_adapter_layers
 from gale.model.checkpoint import load_model, load_tokenizer
+from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
@@ -80,10 +81,11 @@ class LocalEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path) -> LocalEngine:
+    def load(cls, folder: Path, *, weights: Weights = "bf16") -> LocalEngine:
         """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
+        quantise(model, weights, folder)
         tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")

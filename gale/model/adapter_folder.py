@@ -111,8 +111,8 @@ def read_adapter_layers(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A [rank, in] and B [out, rank] of each adapted layer of ``model``, which stays as it is, by the layer's name.
 
-    The scale is in B; both are in the model's number format and on its device. ``model`` may have other modules than
-    :class:`torch.nn.Linear` in the places of these, as long as they have ``in_features`` and ``out_features``.
+    The scale is in B; both are in the model's number format and on its device. Shapes are those that the model's
+    configuration asks for: whatever computes in the place of a linear layer has them.
     Raises :class:`ModelError` as :func:`read_adapter` does, for ranks above ``most_rank``, for the adapter of a reward
     model, and where names or shapes do not fit the model.
     """
@@ -122,17 +122,20 @@ def read_adapter_layers(
     if not 1 <= shape.rank <= most_rank:
         raise ModelError(f"The adapter {folder} has rank {shape.rank}; at most {most_rank} is served.")
     like = model.embed_tokens.weight
-    modules = dict(model.named_modules())
+    with torch.device("meta"):
+        linears = {
+            name: each for name, each in Decoder(model.config).named_modules() if isinstance(each, torch.nn.Linear)
+        }
+    there = {name for name, _ in model.named_modules()}
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     for name in shape.targets:
-        module = modules.get(name)
-        inputs, outputs = (getattr(module, f"{end}_features", None) for end in ("in", "out"))
-        if not name.startswith("layers.") or name.endswith(ROUTER) or inputs is None:
+        linear = linears.get(name)
+        if linear is None or name not in there or not name.startswith("layers.") or name.endswith(ROUTER):
             raise ModelError(
                 f"The adapter {folder} was made for another base: the model has no linear layer {name} to adapt."
             )
         pair: list[Tensor] = []
-        for part, wanted in (("A", [shape.rank, inputs]), ("B", [outputs, shape.rank])):
+        for part, wanted in (("A", [shape.rank, linear.in_features]), ("B", [linear.out_features, shape.rank])):
             weight = tensors.pop(full := f"{_PREFIX}model.{name}.lora_{part}.weight", None)
             if weight is None or list(weight.shape) != wanted:
                 found = "is missing" if weight is None else f"has shape {list(weight.shape)}"

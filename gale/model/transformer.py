@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gale.model import kernels
 from gale.model.config import ModelConfig
 from gale.model.experts import AUXILIARY_LOSSES, MixtureOfExperts
 
@@ -43,6 +44,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.serve(x):
+            return kernels.norm(x, self.weight, self.eps)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
@@ -63,15 +66,20 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
 
     def forward(self, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor, attend: Attend) -> Tensor:
         q_NHD = self.q_proj(x_NC).unflatten(-1, (-1, self.head_dim))
         k_NKD = self.k_proj(x_NC).unflatten(-1, (-1, self.head_dim))
         v_NKD = self.v_proj(x_NC).unflatten(-1, (-1, self.head_dim))
-        if self.qk_norm:
-            q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
-        q_NHD, k_NKD = rotate(q_NHD, cos_ND, sin_ND), rotate(k_NKD, cos_ND, sin_ND)
+        if kernels.serve(x_NC):
+            q_weight, k_weight = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else (None, None)
+            q_NHD = kernels.norm_rotate(q_NHD, q_weight, self.norm_eps, cos_ND, sin_ND)
+            k_NKD = kernels.norm_rotate(k_NKD, k_weight, self.norm_eps, cos_ND, sin_ND)
+        else:
+            if self.qk_norm:
+                q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
+            q_NHD, k_NKD = rotate(q_NHD, cos_ND, sin_ND), rotate(k_NKD, cos_ND, sin_ND)
         return self.o_proj(attend(self.layer, q_NHD, k_NKD, v_NKD).flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -85,7 +93,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_NC)) * self.up_proj(x_NC))  # type: ignore[no-any-return]
+        gate_NI, up_NI = self.gate_proj(x_NC), self.up_proj(x_NC)
+        hidden_NI = kernels.silu_gate(gate_NI, up_NI) if kernels.serve(x_NC) else F.silu(gate_NI) * up_NI
+        return self.down_proj(hidden_NI)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

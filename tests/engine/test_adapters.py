@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gale.core.errors import ModelError
 from gale.engine.local import MOST_ADAPTER_RANK, LocalEngine
@@ -21,6 +21,7 @@ from gale.engine.request import Finished, PromptScores, SamplingParams, TextDelt
 from gale.model.adapter_folder import merge_adapter
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model
+from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from tests.engine.conftest import answer, user
@@ -54,8 +55,14 @@ def adapters(base: Path, tmp_path: Path) -> dict[str, Path]:
 def open_engine(tokenizer: Tokenizer) -> Iterator[Open]:
     engines: list[LocalEngine] = []
 
-    def make(base: Path, adapters: dict[str, Path] | None = None, dtype: torch.dtype = torch.float32) -> LocalEngine:
+    def make(
+        base: Path,
+        adapters: dict[str, Path] | None = None,
+        dtype: torch.dtype = torch.float32,
+        weights: Weights = "bf16",
+    ) -> LocalEngine:
         model = load_model(base, dtype=dtype)
+        quantise(model, weights)
         engines.append(LocalEngine(model, tokenizer, model_id="tiny", folder=base))
         for name, folder in (adapters or {}).items():
             engines[-1].load_adapter(name, folder)
@@ -143,10 +150,11 @@ def test_peft_computes_the_same(base: Path, adapters: dict[str, Path], tokenizer
         assert expected == pytest.approx(together[place][1], abs=1e-4)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_in_bf16_an_answer_has_the_same_bits_alone_and_in_company(
-    base: Path, adapters: dict[str, Path], tokenizer: Tokenizer, open_engine: Open
+    base: Path, adapters: dict[str, Path], tokenizer: Tokenizer, open_engine: Open, weights: Weights
 ) -> None:
-    engine, ids = open_engine(base, adapters, torch.bfloat16), tokenizer.encode(TEXT)
+    engine, ids = open_engine(base, adapters, torch.bfloat16, weights), tokenizer.encode(TEXT)
     names: list[str | None] = ["all", "few", None, "all", "wide", None, "few", "wide"]
     together = asyncio.run(mixed(engine, ids, names))
     for place, name in enumerate(names):
@@ -227,30 +235,31 @@ def test_every_loading_has_a_namespace_of_its_own(base: Path, adapters: dict[str
     assert len({first.namespace, second.namespace, third.namespace, 0}) == 4
 
 
-class Doubling(nn.Module):
-    """Stands for a kernel: a product that is no ``nn.Linear``."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self._weight = linear.in_features, linear.out_features, linear.weight
-
-    def forward(self, x_NC: Tensor) -> Tensor:
-        return x_NC @ self._weight.T
-
-
-def test_whatever_multiplies_in_a_layer_s_place_is_adapted_too(
-    base: Path, adapters: dict[str, Path], tokenizer: Tokenizer, open_engine: Open
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_over_rounded_weights_the_adapter_itself_is_not_rounded(
+    base: Path, adapters: dict[str, Path], tokenizer: Tokenizer, open_engine: Open, weights: Weights
 ) -> None:
-    ids = tokenizer.encode(TEXT)
-    expected = asyncio.run(scores(open_engine(base, adapters), ids, "all"))
-    engine = open_engine(base)
-    for layer in engine._model.layers:
-        layer.self_attn.q_proj = Doubling(layer.self_attn.q_proj)
-        layer.mlp.down_proj = Doubling(layer.mlp.down_proj)
-    engine.load_adapter("all", adapters["all"])
-    tokens, logprobs = asyncio.run(scores(engine, ids, "all"))
-    assert tokens == expected[0]
-    assert logprobs == pytest.approx(expected[1], abs=1e-4)
+    engine, ids = open_engine(base, adapters, weights=weights), tokenizer.encode(TEXT)
+    names: list[str | None] = ["all", None, "few", "all"]
+    together = asyncio.run(mixed(engine, ids, names))
+    model = load_model(base, dtype=torch.float32)
+    quantise(model, weights)
+    bare = asyncio.run(scores(open_engine(base, weights=weights), ids[1:], None))
+    assert together[1][0] == bare[0]
+    assert together[1][1] == pytest.approx(bare[1], abs=1e-4)
+    for place, name in enumerate(names):
+        adapter = engine._adapters.get(name)
+        assert asyncio.run(scores(engine, ids[place:], name))[1] == pytest.approx(together[place][1], abs=1e-4)
+        whole = [*ids[place:], *together[place][0]]
+        # The same sum, said otherwise: each layer's output and the adapter's product beside it.
+        beside = {} if adapter is None else adapter.layers
+        added = [
+            model.get_submodule(layer).register_forward_hook(lambda _, x, out, a=a, b=b: out + x[0] @ a.T @ b.T)
+            for layer, (a, b) in beside.items()
+        ]
+        assert teacher(model, whole) == pytest.approx(together[place][1], abs=1e-4)
+        for hook in added:
+            hook.remove()
 
 
 def test_an_adapter_speaks_by_its_own_template_and_ends_by_its_own_tokens(
