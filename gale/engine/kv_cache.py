@@ -84,6 +84,10 @@ class SequenceCache:
         """Count ``tokens`` more as stored in every layer."""
         self.length += tokens
 
+    def rewind(self, length: int) -> None:
+        """Forget what came after the first ``length`` tokens."""
+        self.length = length
+
 
 class Caches(Protocol):
     """Where the keys and values of running sequences lie, and how a batch attends to them."""
