@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
 
     16 bits are bf16 as it was, and for the kernels only. ``packed`` and ``scales`` are what
     :func:`gale.model.kernels.pack` makes. Without kernels int8 has ``packed`` [O, I] and ``scales`` [O]; int4 has
-    ``packed`` [O, G, 32], a number a byte, and ``scales`` [O, G]. The two agree exactly in int8, and in int4 but for the
+    ``packed`` [O, G, 32], a number a byte, and ``scales`` [O, G]. The two agree exactly in int8, in int4 but for the
     order in which groups are added.
     """
 

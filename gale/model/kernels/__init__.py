@@ -83,7 +83,7 @@ def has_bf16() -> bool:
 
 
 def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights as they are (16 bits: bf16, with an even number of inputs) or rounded, in the order in which they are read.
+    """Weights as they are (16 bits: bf16, an even number of inputs) or rounded, in the order in which they are read.
 
     8 bits have a scale an output, which comes second, and 4 bits one for 32 inputs, packed with them.
     """
