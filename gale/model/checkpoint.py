@@ -134,14 +134,15 @@ def save_model(
 
     ``beside`` are weights outside the decoder by name, ``settings`` what ``config.json`` says further or otherwise.
     """
-    weights = itertools.chain(_stored_names(stored_weights(model)), (beside or {}).items())
+    weights = itertools.chain(full_names(stored_weights(model)), (beside or {}).items())
     shapes = {name: (dtype, list(weight.shape)) for name, weight in weights}
-    weights = itertools.chain(_stored_names(stored_weights(model)), (beside or {}).items())
+    weights = itertools.chain(full_names(stored_weights(model)), (beside or {}).items())
     write(folder / WEIGHTS, shapes, ((name, weight.detach().to("cpu", dtype)) for name, weight in weights))
     files.write_json(folder / "config.json", {**model.config.to_hugging_face(dtype=_NAMES[dtype]), **(settings or {})})
 
 
-def _stored_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def full_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The names of :func:`stored_weights` as they stand in a file."""
     for name, weight in weights:
         yield name if name.startswith("lm_head.") else f"model.{name}", weight
 
@@ -177,6 +178,11 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The number format in which weights are stored; fp32 where they differ or it is one Gale does not write."""
     found = {tensor.dtype for path in weight_files(folder) for tensor in read_header(path).values()}
     return found.pop() if len(found) == 1 and found <= _NAMES.keys() else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How ``config.json`` calls a number format that Gale writes."""
+    return _NAMES[dtype]
 
 
 def stored_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:

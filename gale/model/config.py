@@ -74,7 +74,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One decoder-only transformer: the Qwen3 shape, with Llama, Mistral, Qwen2, Qwen3-MoE, Gemma and Phi-3 as settings.
+    """One decoder-only transformer: the Qwen3 shape, with Llama, Mistral, Qwen2, Gemma and Phi-3 as settings of it.
 
     ``hidden_size`` is C, ``heads`` H, ``kv_heads`` K, ``head_dim`` D in the shape suffixes of
     :mod:`gale.model.transformer`. ``sliding_window`` limits attention to that many newest tokens in all layers but
