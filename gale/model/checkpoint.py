@@ -80,7 +80,9 @@ def load_decoder(
                 if name in beside:
                     with torch.no_grad():
                         beside[name].copy_(mapped.tensor(stored))
-                elif not take(name, mapped.tensor(stored)):
+                elif kept := take(name, mapped.tensor(stored)):
+                    model.mapped_bytes += kept
+                else:
                     mapped.forget(stored)
     return model.eval()
 
@@ -88,11 +90,11 @@ def load_decoder(
 @contextlib.contextmanager
 def assembling(
     config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None
-) -> Iterator[tuple[Decoder, Callable[[str, Tensor], bool]]]:
+) -> Iterator[tuple[Decoder, Callable[[str, Tensor], int]]]:
     """A decoder without weights, and the function that takes them in, by the names of :func:`stored_weights`.
 
-    What has the wanted number format and device becomes a parameter as it is, without a copy; the function says whether
-    it did. Otherwise, and for experts, which are stacked, it is copied.
+    What has the wanted number format and device becomes a parameter as it is, without a copy; the function says how
+    many bytes of it did. Otherwise, and for experts, which are stacked, it is copied.
     """
     device = device or torch.device("cpu")
     with torch.device("meta"):
@@ -102,8 +104,8 @@ def assembling(
             module.to_empty(device=device)
     places = dict(_places(model))
 
-    def take(name: str, weight: Tensor) -> bool:
-        kept = False
+    def take(name: str, weight: Tensor) -> int:
+        kept = 0
         parts = places.pop(name)
         for part, place in zip(weight.split([len(part) for part, _ in parts]), parts, strict=True):
             here, parameter = place
@@ -113,7 +115,7 @@ def assembling(
                 continue
             module, _, leaf = parameter.rpartition(".")
             ours = part.to(device, dtype)
-            kept = kept or ours.data_ptr() == part.data_ptr()
+            kept += ours.nbytes if ours.data_ptr() == part.data_ptr() else 0
             setattr(model.get_submodule(module), leaf, nn.Parameter(ours))
         return kept
 

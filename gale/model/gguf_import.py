@@ -75,6 +75,8 @@ def gguf_config(file: GgufFile) -> ModelConfig:
             f"Gale cannot open GGUF files of architecture {name or 'unnamed'}.",
             hint=f"Supported are: {', '.join(sorted(_ARCHITECTURES))}.",
         )
+    if file.fields.get("split.count", 1) != 1:
+        raise ModelError(f"{file.path} is one of several files.", hint="Join them with llama.cpp's gguf-split --merge.")
     settings = {key.removeprefix(f"{name}."): value for key, value in file.fields.items() if key.startswith(f"{name}.")}
     for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
         if isinstance(value := settings.get(key), list):

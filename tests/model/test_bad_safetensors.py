@@ -1,4 +1,4 @@
-"""A damaged weight file is refused, with what is wrong with it, wherever the damage is; nothing reads beyond its end."""
+"""A damaged weight file is refused with what is wrong with it, wherever the damage is; its end is never read beyond."""
 
 from __future__ import annotations
 

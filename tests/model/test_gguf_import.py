@@ -20,7 +20,7 @@ from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.config import ModelConfig
 from gale.model.gguf_export import export_gguf
 from gale.model.gguf_file import GgufFile
-from gale.model.gguf_import import convert_gguf, load_gguf
+from gale.model.gguf_import import convert_gguf, gguf_config, load_gguf
 from gale.model.gguf_tokenizer import read_tokenizer
 from gale.model.rope import RopeScaling
 from gale.text.tokenizer import Tokenizer
@@ -285,6 +285,7 @@ def test_a_sentence_piece_tokenizer_encodes_as_that_of_transformers(tmp_path: Pa
 def test_a_gguf_file_that_cannot_be_opened_says_why(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = export(save_folder(tokenizer, tmp_path / "model", **LLAMA))
     content = path.read_bytes()
+    (tmp_path / "whole.gguf").write_bytes(content)
 
     def refused(changed: bytes, said: str) -> None:
         path.write_bytes(changed)
@@ -299,6 +300,10 @@ def test_a_gguf_file_that_cannot_be_opened_says_why(tokenizer: Tokenizer, tmp_pa
         refused(content[:length], "cut short")
     refused(content.replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0bloom", 1), "architecture bloom")
     refused(content.replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"), "lacks the weight blk.1.attn_q.weight")
+    whole = GgufFile.read(tmp_path / "whole.gguf")
+    whole.fields["split.count"] = 3
+    with pytest.raises(ModelError, match="one of several"):
+        gguf_config(whole)
     refused(content.replace(b"llama.block_count", b"llama.block_c0unt"), "lacks 'block_count'")
     chance = random.Random(1)
     for _ in range(60):
