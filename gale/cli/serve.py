@@ -14,7 +14,7 @@ _UPSTREAM, _RAY = "Another server", "Replicas"
 
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="Model folder or name; the built-in model if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or name; built-in if not given.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
     ] = "127.0.0.1",

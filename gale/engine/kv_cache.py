@@ -30,7 +30,7 @@ def cached_tokens_that_fit(model: Decoder) -> int:
     if weight.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(weight.device)
     else:
-        free = _free_memory()
+        free = max(0, _free_memory() - model.mapped_bytes)
     token_bytes = 2 * config.layers * config.kv_heads * config.head_dim * weight.element_size()
     return int(free // 2 // token_bytes)
 
