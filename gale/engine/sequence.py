@@ -16,7 +16,7 @@ from gale.engine.request import (
     TokenScore,
     Usage,
 )
-from gale.engine.sampler import Sampler
+from gale.engine.sampler import Constraint, Sampler
 from gale.engine.stop import StopScanner
 
 
@@ -43,10 +43,11 @@ class Sequence:
         end_tokens: Set[int],
         stream: TextStream,
         emit: Callable[[PromptScores | Event | Exception], None],
+        constraint: Constraint | None = None,
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet
         self.cache: SequenceCache | None = None  # given when the sequence is admitted
-        self.sampler = Sampler(params)
+        self.sampler = Sampler(params, prompt, constraint)
         self.emit = emit
         self.params = params
         self.generated: list[int] = []
@@ -57,7 +58,7 @@ class Sequence:
         self._prompt_scores = [TokenScore(prompt[0], None)]
         self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self.most_tokens = len(prompt) + self._limit
-        self._end_tokens = end_tokens
+        self._end_tokens = end_tokens | set(params.stop_token_ids)
         self._stream = stream
         self._stops = StopScanner(params.stop)
 
@@ -73,6 +74,7 @@ class Sequence:
 
     def accept(self, token: int, score: TokenScore | None = None) -> None:
         """Take the model's next token: show its text, and finish where it ends the answer."""
+        self.sampler.commit(token)
         self.generated.append(token)
         if score is not None and score.logprob is not None:
             self.logprobs.append(score.logprob)
