@@ -14,6 +14,9 @@ def serve(
         str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Requests answered or waiting at once; more are told to come back.")
+    ] = 256,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
@@ -29,9 +32,10 @@ def serve(
     store = Store.open(db or settings().database_url)
     try:
         from gale.engine.local import LocalEngine
+        from gale.engine.options import EngineOptions
         from gale.registry.models import resolve_model
 
-        engine = LocalEngine.load(resolve_model(model))
+        engine = LocalEngine.load(resolve_model(model), EngineOptions(max_unfinished=max_requests))
         lifecycle = Lifecycle()
         app = create_app(engine, store, lifecycle=lifecycle)
 

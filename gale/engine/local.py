@@ -12,9 +12,12 @@ from pathlib import Path
 import structlog
 
 from gale.core.device import choose_compute
+from gale.core.errors import ModelError
 from gale.core.model_folder import model_name, read_json
 from gale.engine.batcher import Batcher
 from gale.engine.kv_cache import cached_tokens_that_fit
+from gale.engine.options import EngineOptions
+from gale.engine.pace import Pace
 from gale.engine.request import (
     ContextLengthError,
     EngineFailedError,
@@ -32,9 +35,8 @@ from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
-MAX_RUNNING = 16
-MAX_UNFINISHED = 256
-PREFILL_CHUNK = 256
+# With room for fewer tokens than this nobody could be answered.
+_LEAST_CACHED_TOKENS = 128
 _CLOSE_SECONDS = 10.0
 
 log = structlog.get_logger()
@@ -48,9 +50,25 @@ class LocalEngine:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, *, model_id: str, end_tokens: frozenset[int] = frozenset()
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        model_id: str,
+        end_tokens: frozenset[int] = frozenset(),
+        options: EngineOptions | None = None,
     ) -> None:
         self._model = model
+        self._options = options = options or EngineOptions()
+        context = model.config.context_length
+        self._cached_tokens = options.max_cached_tokens or cached_tokens_that_fit(model)
+        if self._cached_tokens < min(_LEAST_CACHED_TOKENS, context):
+            raise ModelError(
+                f"There is memory for the keys and values of {self._cached_tokens} tokens only.",
+                hint="Free some memory, or take a smaller model.",
+            )
+        if self._cached_tokens < context:
+            log.warning("context_cut_to_memory", tokens=self._cached_tokens, model=context)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
         self._model_id = model_id
@@ -62,7 +80,7 @@ class LocalEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path) -> LocalEngine:
+    def load(cls, folder: Path, options: EngineOptions | None = None) -> LocalEngine:
         """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
@@ -74,6 +92,7 @@ class LocalEngine:
             tokenizer,
             model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
+            options=options,
         )
 
     @property
@@ -83,8 +102,8 @@ class LocalEngine:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._model.config.context_length
+        """Most tokens of prompt and answer together: the model's own limit, or what there is memory for."""
+        return min(self._model.config.context_length, self._cached_tokens)
 
     def count_prompt_tokens(self, messages: list[Message]) -> int:
         """Tokens the model would read before answering ``messages``."""
@@ -125,8 +144,9 @@ class LocalEngine:
         vocabulary = self._model.config.vocabulary_size
         if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
             raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
-        if self._unfinished >= MAX_UNFINISHED:
-            raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
+        most = self._options.max_unfinished
+        if self._unfinished >= most:
+            raise EngineOverloadedError(f"{most} requests are being answered or wait already; try again later.")
         if self._closing or not self._thread.is_alive():
             raise EngineFailedError("The engine has stopped.")
         loop = asyncio.get_running_loop()
@@ -177,9 +197,10 @@ class LocalEngine:
         """The thread: take in requests, step while there is work, sleep while there is none."""
         batcher = Batcher(
             self._model,
-            max_running=MAX_RUNNING,
-            max_cached_tokens=cached_tokens_that_fit(self._model),
-            prefill_chunk=PREFILL_CHUNK,
+            max_running=self._options.max_running,
+            max_cached_tokens=self._cached_tokens,
+            prefill_chunk=self._options.prefill_chunk,
+            pace=Pace(self._options.prefill_chunk),
         )
         while True:
             try:

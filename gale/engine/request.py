@@ -64,6 +64,8 @@ class SamplingParams:
     ``logprobs`` N asks for each token's log-probability and for the N likeliest tokens beside it (0 for none);
     ``prompt_logprobs`` asks the same of the prompt's tokens, for :meth:`Engine.complete` only. They are the model's
     own, whatever temperature and top-p do.
+
+    A lower ``priority`` is served first, and takes memory from a higher one where there is too little.
     """
 
     max_tokens: int | None = None
@@ -80,6 +82,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

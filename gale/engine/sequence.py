@@ -30,8 +30,8 @@ class TextStream(Protocol):
 class Sequence:
     """A prompt and the answer so far. ``emit`` is called with every event, from the engine's thread.
 
-    ``generated`` holds the answer's token ids, an end token among them, and ``logprobs`` their log-probabilities if
-    they were asked for.
+    ``tokens`` are those of the prompt and of the answer, an end token among them, and ``logprobs`` the answer's
+    log-probabilities if they were asked for.
     """
 
     def __init__(
@@ -45,16 +45,17 @@ class Sequence:
         emit: Callable[[PromptScores | Event | Exception], None],
         constraint: Constraint | None = None,
     ) -> None:
-        self.pending = prompt  # tokens the model has not read yet
-        self.cache: SequenceCache | None = None  # given when the sequence is admitted
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.cache: SequenceCache | None = None  # what the model has read of them; none while the sequence waits
+        self.order = (params.priority, 0)
         self.sampler = Sampler(params, prompt, constraint)
         self.emit = emit
         self.params = params
-        self.generated: list[int] = []
         self.logprobs: list[float] = []
         self.cancelled = False
         self.finished = False
-        self._prompt_tokens = len(prompt)
+        self._prompt_read = False
         self._prompt_scores = [TokenScore(prompt[0], None)]
         self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self.most_tokens = len(prompt) + self._limit
@@ -62,11 +63,27 @@ class Sequence:
         self._stream = stream
         self._stops = StopScanner(params.stop)
 
+    @property
+    def generated(self) -> list[int]:
+        """The answer's token ids so far."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the model has yet to read."""
+        return len(self.tokens) - (self.cache.length if self.cache else 0)
+
+    @property
+    def scored(self) -> int:
+        """Tokens of the prompt whose scores are known."""
+        return len(self._prompt_scores)
+
     def read(self, scores: list[TokenScore]) -> None:
         """Take the scores of the prompt's next tokens, and finish after the last one if nothing is to be generated."""
         self._prompt_scores += scores
-        if self.pending or self.generated:
+        if self._prompt_read or self.unread:
             return
+        self._prompt_read = True
         if self.params.prompt_logprobs:
             self.emit(PromptScores(tuple(self._prompt_scores)))
         if self._limit == 0:
@@ -75,7 +92,7 @@ class Sequence:
     def accept(self, token: int, score: TokenScore | None = None) -> None:
         """Take the model's next token: show its text, and finish where it ends the answer."""
         self.sampler.commit(token)
-        self.generated.append(token)
+        self.tokens.append(token)
         if score is not None and score.logprob is not None:
             self.logprobs.append(score.logprob)
         reason: FinishReason | None = None
@@ -85,19 +102,17 @@ class Sequence:
             text = self._stops.push(self._stream.push(token))
             if self._stops.stopped:
                 reason = "stop"
-            elif len(self.generated) >= self._limit:
+            elif len(self.tokens) >= self.most_tokens:
                 text, reason = text + self._stops.flush(), "length"
         if text or score is not None:
             self.emit(TextDelta(text, score))
         if reason is not None:
             self.finish(reason)
-        else:
-            self.pending = [token]
 
     def finish(self, reason: FinishReason) -> None:
         """End the answer."""
         self.finished = True
-        self.emit(Finished(reason, Usage(self._prompt_tokens, len(self.generated))))
+        self.emit(Finished(reason, Usage(self.prompt_tokens, len(self.tokens) - self.prompt_tokens)))
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""

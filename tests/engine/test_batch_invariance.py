@@ -23,14 +23,14 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def requests(tokenizer: Tokenizer, count: int = 16) -> list[Recorded]:
+def requests(tokenizer: Tokenizer, count: int = 16, shortest: int = 10) -> list[Recorded]:
     draws = torch.Generator().manual_seed(1)
     lengths = [1, 300, 2, 17, 64, 128, 33, 5]
     return [
         Recorded(
             tokenizer,
             torch.randint(tokenizer.vocabulary_size, (lengths[index % 8],), generator=draws).tolist(),
-            max_tokens=10 + index,
+            max_tokens=shortest + index,
             logprobs=2,
             prompt_logprobs=index % 3 == 0,
             **KINDS[index % 4],
