@@ -17,6 +17,7 @@ def serve(
     max_requests: Annotated[
         int, typer.Option(min=1, help="Requests answered or waiting at once; more are told to come back.")
     ] = 256,
+    prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for prompts that begin alike.")] = True,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
@@ -35,7 +36,8 @@ def serve(
         from gale.engine.options import EngineOptions
         from gale.registry.models import resolve_model
 
-        engine = LocalEngine.load(resolve_model(model), EngineOptions(max_unfinished=max_requests))
+        options = EngineOptions(max_unfinished=max_requests, prefix_cache=prefix_cache)
+        engine = LocalEngine.load(resolve_model(model), options)
         lifecycle = Lifecycle()
         app = create_app(engine, store, lifecycle=lifecycle)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gale.engine.kv_cache import Caches, OwnCaches, SequenceCache
 from gale.engine.pace import Pace
+from gale.engine.prefix_cache import PrefixCache
 from gale.engine.request import EngineFailedError, EngineOverloadedError, TokenScore
 from gale.engine.sampler import choose
 from gale.engine.scores import score_rows
@@ -38,7 +39,8 @@ class Batcher:
     outgrow that, the least urgent and youngest sequence gives its memory back and waits; later all its tokens are read
     again, and its answer goes on as if nothing had been. One sequence always runs, however long. A more urgent sequence
     (a lower ``priority``) takes the place of a less urgent one. Keys and values lie in ``caches``; each sequence's
-    in a piece of its own where none are given. With ``pace`` the chunk adapts to the time that answers take.
+    in a piece of its own where none are given. With ``pace`` the chunk adapts to the time that answers take. With
+    ``prefix_cache`` what others have read is copied where it can be; what is kept for that gives way first.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Batcher:
         prefill_chunk: int,
         caches: Caches | None = None,
         pace: Pace | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self._model = model
         weight = model.embed_tokens.weight
         self._device = weight.device
         self._caches = caches or OwnCaches(model.config, weight.dtype, weight.device)
+        self._prefixes = PrefixCache(self._caches, enabled=prefix_cache)
         self._max_running = max_running
         self._max_cached_tokens = self._limit = max_cached_tokens
         self._prefill_chunk = prefill_chunk
@@ -70,8 +74,13 @@ class Batcher:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens whose keys and values are held now."""
+        """Tokens whose keys and values are held for running sequences."""
         return sum(sequence.cache.length for sequence in self._running if sequence.cache)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens whose keys and values are kept in case that another sequence begins alike."""
+        return self._prefixes.tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; among equally urgent ones they start in the order in which they came."""
@@ -82,6 +91,8 @@ class Batcher:
         """Tell every sequence that it failed and forget them all."""
         for sequence in [*self._running, *self._waiting]:
             sequence.fail(error)
+            self._prefixes.end(sequence, keep=False)
+        self._prefixes.shrink(0)
         self._forget_finished()
 
     @torch.inference_mode()
@@ -156,21 +167,26 @@ class Batcher:
 
     def _make_room(self) -> None:
         """Take memory back from the least urgent where this step would need more than there is."""
-        while len(self._running) > 1 and sum(len(sequence.tokens) for sequence in self._running) > self._limit:
+        while len(self._running) > 1 and self._tokens() > self._limit:
             self._preempt(self._running[-1])
+        self._prefixes.shrink(self._limit - self._tokens())
+
+    def _tokens(self) -> int:
+        """Tokens that the running sequences have to hold in order to go on."""
+        return sum(len(sequence.tokens) for sequence in self._running)
 
     def _admit(self) -> None:
         """Start what waits, in order, as far as there is room."""
-        while self._waiting:
-            sequence = self._waiting[0]
-            if not self._fits(sequence):
+        for sequence in self._waiting[: self._max_running]:
+            if self._prefixes.awaits(sequence):
+                continue
+            while not self._fits(sequence):
                 last = self._running[-1]
                 if last.params.priority <= sequence.params.priority:
                     return
                 self._preempt(last)
-                continue
-            self._waiting.pop(0)
-            sequence.cache = self._caches.take()
+            self._waiting.remove(sequence)
+            self._prefixes.begin(sequence, self._limit - self._tokens() - len(sequence.tokens))
             insort(self._running, sequence, key=_order)
 
     def _fits(self, sequence: Sequence) -> bool:
@@ -183,9 +199,7 @@ class Batcher:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait again, without its cache."""
-        assert sequence.cache is not None
-        self._caches.give_back(sequence.cache)
-        sequence.cache = None
+        self._prefixes.end(sequence, keep=False)
         self._running.remove(sequence)
         insort(self._waiting, sequence, key=_order)
 
@@ -214,6 +228,9 @@ class Batcher:
             except (MemoryError, RuntimeError) as error:  # torch has no name of its own for it on a CPU
                 log.warning("no_memory_for_keys_and_values", cached_tokens=self.cached_tokens, error=str(error))
                 last = self._running[-1]
+                if self._prefixes.tokens:
+                    self._prefixes.shrink(0)
+                    continue
                 if len(self._running) == 1:
                     last.fail(EngineOverloadedError("There is no memory left for this request; try again later."))
                     self._forget_finished()
@@ -231,9 +248,8 @@ class Batcher:
 
     def _forget_finished(self) -> None:
         for sequence in self._running:
-            if sequence.finished and sequence.cache:
-                self._caches.give_back(sequence.cache)
-                sequence.cache = None
+            if sequence.finished:
+                self._prefixes.end(sequence, keep=True)
         self._running = [sequence for sequence in self._running if not sequence.finished]
         self._waiting = [sequence for sequence in self._waiting if not sequence.finished]
 

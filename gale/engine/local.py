@@ -201,6 +201,7 @@ class LocalEngine:
             max_cached_tokens=self._cached_tokens,
             prefill_chunk=self._options.prefill_chunk,
             pace=Pace(self._options.prefill_chunk),
+            prefix_cache=self._options.prefix_cache,
         )
         while True:
             try:

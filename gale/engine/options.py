@@ -10,10 +10,12 @@ class EngineOptions:
     """``max_running`` requests are answered at once, and ``max_unfinished`` answered or waiting; more are refused.
 
     ``max_cached_tokens`` bounds the keys and values of all; None measures what fits into half of the free memory.
-    ``prefill_chunk`` is the most that one step reads of prompts.
+    ``prefill_chunk`` is the most that one step reads of prompts. ``prefix_cache`` keeps what was read in that memory
+    for prompts that begin alike.
     """
 
     max_running: int = 16
     max_unfinished: int = 256
     max_cached_tokens: int | None = None
     prefill_chunk: int = 256
+    prefix_cache: bool = True

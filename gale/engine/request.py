@@ -7,7 +7,7 @@ OpenAI-compatible server and for replicas, so nothing above this room knows whic
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gale.core.errors import GaleError
@@ -87,10 +87,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request."""
+    """Token counts of one request. ``cached_tokens`` of the prompt had been read before; they say nothing about the
+    answer, so two counts are equal without them.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

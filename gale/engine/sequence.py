@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Hashable, Set
 from typing import Protocol
 
 from gale.engine.kv_cache import SequenceCache
@@ -44,10 +44,14 @@ class Sequence:
         stream: TextStream,
         emit: Callable[[PromptScores | Event | Exception], None],
         constraint: Constraint | None = None,
+        namespace: Hashable = None,
     ) -> None:
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
         self.cache: SequenceCache | None = None  # what the model has read of them; none while the sequence waits
+        self.cached_tokens = 0  # of the prompt, copied from what others had read
+        self.namespace = namespace  # keys and values are shared within one only, such as that of an adapter
+        self.block_keys: list[int] = []  # see gale.engine.prefix_cache
         self.order = (params.priority, 0)
         self.sampler = Sampler(params, prompt, constraint)
         self.emit = emit
@@ -112,7 +116,9 @@ class Sequence:
     def finish(self, reason: FinishReason) -> None:
         """End the answer."""
         self.finished = True
-        self.emit(Finished(reason, Usage(self.prompt_tokens, len(self.tokens) - self.prompt_tokens)))
+        self.emit(
+            Finished(reason, Usage(self.prompt_tokens, len(self.tokens) - self.prompt_tokens, self.cached_tokens))
+        )
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""

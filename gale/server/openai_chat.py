@@ -147,16 +147,18 @@ def finish_reason(finished: Finished) -> str:
     return finished.reason
 
 
-def _usage(ends: dict[int, Finished]) -> dict[str, int]:
+def _usage(ends: dict[int, Finished]) -> dict[str, Any]:
     """Counts of all choices; the prompt that they share counts once."""
-    counts = [ends[index].usage for index in sorted(ends)]
-    return usage_object(Usage(counts[0].prompt_tokens, sum(usage.completion_tokens for usage in counts)))
+    return usage_object([ends[index].usage for index in sorted(ends)], copies=len(ends))
 
 
-def usage_object(usage: Usage) -> dict[str, int]:
-    """Token counts as OpenAI names them."""
+def usage_object(counts: list[Usage], copies: int) -> dict[str, Any]:
+    """Token counts of choices as OpenAI names them, ``copies`` for each prompt, which counts once."""
+    prompt = sum(usage.prompt_tokens for usage in counts[::copies])
+    completion = sum(usage.completion_tokens for usage in counts)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in counts[::copies])},
     }

@@ -231,8 +231,5 @@ def _text(engine: Engine, ids: list[int]) -> str:
     return b"".join(engine.token_bytes(token, control_tokens=True) for token in ids).decode("utf-8", "replace")
 
 
-def _usage(choices: list[_Piece], copies: int) -> dict[str, int]:
-    """Counts of all choices; each prompt counts once, however many choices it has."""
-    counts = [choice.usage for choice in choices if choice.usage is not None]
-    prompt = sum(usage.prompt_tokens for usage in counts[::copies])
-    return usage_object(Usage(prompt, sum(usage.completion_tokens for usage in counts)))
+def _usage(choices: list[_Piece], copies: int) -> dict[str, Any]:
+    return usage_object([choice.usage for choice in choices if choice.usage is not None], copies)
