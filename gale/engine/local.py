@@ -19,6 +19,8 @@ from gale.core.model_folder import model_name, read_json
 from gale.engine.adapters import Adapter, BatchAdapters
 from gale.engine.batcher import Batcher
 from gale.engine.kv_cache import cached_tokens_that_fit
+from gale.engine.options import EngineOptions
+from gale.engine.pace import Pace
 from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
 from gale.engine.request import (
     ContextLengthError,
@@ -31,6 +33,7 @@ from gale.engine.request import (
     Pooling,
     PromptError,
     PromptScores,
+    SamplingError,
     SamplingParams,
 )
 from gale.engine.sequence import Sequence
@@ -41,10 +44,9 @@ from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
-MAX_RUNNING = 64
-MAX_UNFINISHED = 256
-PREFILL_CHUNK = 256
 MOST_ADAPTER_RANK = 256
+# With room for fewer tokens than this nobody could be answered.
+_LEAST_CACHED_TOKENS = 128
 _CLOSE_SECONDS = 10.0
 
 log = structlog.get_logger()
@@ -65,8 +67,19 @@ class LocalEngine:
         model_id: str,
         end_tokens: frozenset[int] = frozenset(),
         folder: Path | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         self._model = model
+        self._options = options = options or EngineOptions()
+        context = model.config.context_length
+        self._cached_tokens = options.max_cached_tokens or cached_tokens_that_fit(model)
+        if self._cached_tokens < min(_LEAST_CACHED_TOKENS, context):
+            raise ModelError(
+                f"There is memory for the keys and values of {self._cached_tokens} tokens only.",
+                hint="Free some memory, or take a smaller model.",
+            )
+        if self._cached_tokens < context:
+            log.warning("context_cut_to_memory", tokens=self._cached_tokens, model=context)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
         self._model_id = model_id
@@ -81,7 +94,7 @@ class LocalEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, *, weights: Weights = "bf16") -> LocalEngine:
+    def load(cls, folder: Path, options: EngineOptions | None = None, *, weights: Weights = "bf16") -> LocalEngine:
         """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
@@ -95,6 +108,7 @@ class LocalEngine:
             model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
             folder=folder,
+            options=options,
         )
 
     @property
@@ -137,8 +151,8 @@ class LocalEngine:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._model.config.context_length
+        """Most tokens of prompt and answer together: the model's own limit, or what there is memory for."""
+        return min(self._model.config.context_length, self._cached_tokens)
 
     def count_prompt_tokens(self, messages: list[Message]) -> int:
         """Tokens the model would read before answering ``messages``."""
@@ -234,8 +248,12 @@ class LocalEngine:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
-        if self._unfinished >= MAX_UNFINISHED:
-            raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
+        vocabulary = self._model.config.vocabulary_size
+        if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
+            raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
+        most = self._options.max_unfinished
+        if self._unfinished >= most:
+            raise EngineOverloadedError(f"{most} requests are being answered or wait already; try again later.")
         if self._closing or not self._thread.is_alive():
             raise EngineFailedError("The engine has stopped.")
         adapter = self._adapters.get(sampling.adapter)
@@ -295,10 +313,12 @@ class LocalEngine:
         """The thread: take in requests, step while there is work, sleep while there is none."""
         batcher = Batcher(
             self._model,
-            max_running=MAX_RUNNING,
-            max_cached_tokens=cached_tokens_that_fit(self._model),
-            prefill_chunk=PREFILL_CHUNK,
             adapters=self._adapters,
+            max_running=self._options.max_running,
+            max_cached_tokens=self._cached_tokens,
+            prefill_chunk=self._options.prefill_chunk,
+            pace=Pace(self._options.prefill_chunk),
+            prefix_cache=self._options.prefix_cache,
         )
         while True:
             try:

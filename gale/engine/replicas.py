@@ -20,7 +20,8 @@ import structlog
 from gale.core.errors import GaleError
 from gale.core.model_folder import model_name
 from gale.core.settings import settings
-from gale.engine.local import MAX_RUNNING, MAX_UNFINISHED, LocalEngine
+from gale.engine.local import LocalEngine
+from gale.engine.options import EngineOptions
 from gale.engine.prompts import Prompts
 from gale.engine.request import (
     EngineFailedError,
@@ -46,8 +47,8 @@ log = structlog.get_logger()
 class Replica:
     """One copy of the model, in an actor of Ray Serve's."""
 
-    def __init__(self, folder: str, weights: Weights) -> None:
-        self._engine = LocalEngine.load(Path(folder), weights=weights)
+    def __init__(self, folder: str, options: EngineOptions, weights: Weights) -> None:
+        self._engine = LocalEngine.load(Path(folder), options, weights=weights)
 
     async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event | GaleError, None]:
         """As the engine's, with its errors as last events: Ray would wrap them beyond recognition."""
@@ -93,6 +94,7 @@ class ReplicaEngine:
         *,
         name: str,
         replicas: int,
+        options: EngineOptions | None = None,
         weights: Weights = "bf16",
         cpus: float = 1.0,
         gpus: float = 0.0,
@@ -107,14 +109,15 @@ class ReplicaEngine:
         import ray
         from ray import serve
 
+        options = options or EngineOptions()
         config = ModelConfig.load(folder)
         prompts = Prompts(load_tokenizer(folder, config), config)
         _require(ray.cluster_resources(), {"CPU": cpus * replicas, "GPU": gpus * replicas})
         deployment = serve.deployment(
             num_replicas=replicas,
             # So many as run at once; the others wait here and not in a replica that may die or be slower than another.
-            max_ongoing_requests=MAX_RUNNING,
-            max_queued_requests=MAX_UNFINISHED,
+            max_ongoing_requests=options.max_running,
+            max_queued_requests=options.max_unfinished,
             health_check_period_s=_HEALTH_PERIOD_S,
             max_constructor_retry_count=1,
             graceful_shutdown_wait_loop_s=0.1,
@@ -132,7 +135,7 @@ class ReplicaEngine:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             if name in serve.status().applications:
                 serve.delete(name)
-            handle = serve.run(deployment.bind(str(folder.resolve()), weights), name=name, route_prefix=None)
+            handle = serve.run(deployment.bind(str(folder.resolve()), options, weights), name=name, route_prefix=None)
         except RuntimeError as error:
             raise GaleError(
                 f"The replicas do not start: {error}",
@@ -225,7 +228,7 @@ class ReplicaEngine:
                 raise EngineFailedError("The replicas have been silent for too long.") from error
             except BackPressureError as error:
                 raise EngineOverloadedError(
-                    f"{MAX_UNFINISHED} requests are waiting for a replica already; try again later."
+                    "Too many requests are waiting for a replica already; try again later."
                 ) from error
             except RayTaskError as error:
                 log.exception("replica_failed", error=str(error))
