@@ -14,6 +14,7 @@ import structlog
 from gale.core.device import choose_compute
 from gale.core.model_folder import model_name, read_json
 from gale.engine.batcher import Batcher
+from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.request import (
     ContextLengthError,
@@ -54,6 +55,7 @@ class LocalEngine:
         self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
         self._model_id = model_id
         self._end_tokens = end_tokens
+        self._grammars = Grammars(tokenizer, vocabulary_size=model.config.vocabulary_size, end_tokens=end_tokens)
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
@@ -121,6 +123,7 @@ class LocalEngine:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
+        constraint = None if sampling.grammar is None else await self._grammars.matcher(sampling.grammar)
         if self._unfinished >= MAX_UNFINISHED:
             raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
         if self._closing or not self._thread.is_alive():
@@ -134,7 +137,13 @@ class LocalEngine:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         sequence = Sequence(
-            prompt, sampling, room=room, end_tokens=self._end_tokens, stream=self._tokenizer.stream(), emit=emit
+            prompt,
+            sampling,
+            room=room,
+            end_tokens=self._end_tokens,
+            stream=self._tokenizer.stream(),
+            emit=emit,
+            constraint=constraint,
         )
         self._unfinished += 1
         self._inbox.put(sequence)

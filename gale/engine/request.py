@@ -32,12 +32,31 @@ class PromptError(GaleError):
     """Raw tokens that the model cannot read: none at all, or a number outside of its vocabulary."""
 
 
+class GrammarError(GaleError):
+    """A grammar that is malformed, too costly, or allows no answer; the request is at fault."""
+
+
 class EngineOverloadedError(GaleError):
     """The queue is full; trying again later may work."""
 
 
 class EngineFailedError(GaleError):
     """The engine broke while answering; the request is lost, later ones may work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, whole and from its first character on.
+
+    ``value`` is a JSON Schema (as JSON text), a regular expression (in the syntax of Rust's ``regex``, matched whole)
+    or a Lark grammar (in llguidance's dialect); for "choice" the options, one of which is the answer; for "spans" the
+    passages, of one of which the answer is a piece, word for word and made of whole words, ``least`` characters long
+    or longer.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "choice", "spans"]
+    value: str | tuple[str, ...]
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +71,10 @@ class SamplingParams:
     ``logprobs`` N asks for each token's log-probability and for the N likeliest tokens beside it (0 for none);
     ``prompt_logprobs`` asks the same of the prompt's tokens, for :meth:`Engine.complete` only. They are the model's
     own, whatever temperature and top-p do.
+
+    A ``grammar`` leaves only tokens that it allows, and ends the answer (with reason "stop") where it allows no more.
+    A model whose template has it think first does so freely. An answer cut by its length is the beginning of one that
+    the grammar allows.
     """
 
     max_tokens: int | None = None
@@ -61,6 +84,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ Shape suffixes: S answers, V vocabulary, P the tokens that may still be chosen, 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -20,11 +22,26 @@ _SCORES_AT_ONCE = 2**21
 _LEAST_TEMPERATURE = 1e-30
 
 
+class Constraint(Protocol):
+    """What an answer may say, token by token."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more may follow."""
+
+    def mask(self, logits_V: Tensor) -> None:
+        """Set the scores of all tokens that may not come next to minus infinity, in place."""
+
+    def commit(self, token: int) -> None:
+        """Take note that ``token`` came next."""
+
+
 class Sampler:
     """What choosing the tokens of one answer needs to know and to remember."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, constraint: Constraint | None = None) -> None:
         self.params = params
+        self.constraint = constraint
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -46,6 +63,11 @@ def choose(samplers: list[Sampler], logits_SV: Tensor) -> list[int]:
 
 
 def _choose(samplers: list[Sampler], logits_RV: Tensor) -> list[int]:
+    constrained = [(row, sampler.constraint) for row, sampler in enumerate(samplers) if sampler.constraint is not None]
+    if constrained:
+        logits_RV = logits_RV.clone()  # whoever asks for log-probabilities wants the model's own
+        for row, constraint in constrained:
+            constraint.mask(logits_RV[row])
     tokens_R = logits_RV.argmax(-1)
     params = [sampler.params for sampler in samplers]
     for by_nucleus in (False, True):

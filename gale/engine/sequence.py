@@ -16,7 +16,7 @@ from gale.engine.request import (
     TokenScore,
     Usage,
 )
-from gale.engine.sampler import Sampler
+from gale.engine.sampler import Constraint, Sampler
 from gale.engine.stop import StopScanner
 
 
@@ -43,10 +43,11 @@ class Sequence:
         end_tokens: Set[int],
         stream: TextStream,
         emit: Callable[[PromptScores | Event | Exception], None],
+        constraint: Constraint | None = None,
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet
         self.cache: SequenceCache | None = None  # given when the sequence is admitted
-        self.sampler = Sampler(params)
+        self.sampler = Sampler(params, constraint)
         self.emit = emit
         self.params = params
         self.generated: list[int] = []
@@ -73,6 +74,9 @@ class Sequence:
 
     def accept(self, token: int, score: TokenScore | None = None) -> None:
         """Take the model's next token: show its text, and finish where it ends the answer."""
+        constraint = self.sampler.constraint
+        if constraint is not None:
+            constraint.commit(token)
         self.generated.append(token)
         if score is not None and score.logprob is not None:
             self.logprobs.append(score.logprob)
@@ -83,6 +87,8 @@ class Sequence:
             text = self._stops.push(self._stream.push(token))
             if self._stops.stopped:
                 reason = "stop"
+            elif constraint is not None and constraint.complete:
+                text, reason = text + self._stops.flush(), "stop"
             elif len(self.generated) >= self._limit:
                 text, reason = text + self._stops.flush(), "length"
         if text or score is not None:

@@ -125,7 +125,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the files that :meth:`load` (and transformers) read."""
-        files.write_text(folder / "tokenizer.json", self._backend.to_str(pretty=False))
+        files.write_text(folder / "tokenizer.json", self.to_json())
         files.write_json(folder / "tokenizer_config.json", self.settings)
 
     @property
@@ -181,6 +181,10 @@ class Tokenizer:
         if byte := _BYTE_FALLBACK.fullmatch(spelling):  # how SentencePiece spells the bytes of rare characters
             return bytes([int(byte[1], 16)])
         return spelling.replace("\u2581", " ").encode()
+
+    def to_json(self) -> str:
+        """The content of ``tokenizer.json``."""
+        return self._backend.to_str(pretty=False)
 
     def token_id(self, token: str) -> int | None:
         """Id of one token by its text, None where the vocabulary lacks it."""
