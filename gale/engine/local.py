@@ -24,6 +24,7 @@ from gale.engine.request import (
     Finished,
     PromptError,
     PromptScores,
+    SamplingError,
     SamplingParams,
 )
 from gale.engine.sequence import Sequence
@@ -123,6 +124,9 @@ class LocalEngine:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
+        vocabulary = self._model.config.vocabulary_size
+        if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
+            raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
         constraint = None if sampling.grammar is None else await self._grammars.matcher(sampling.grammar)
         if self._unfinished >= MAX_UNFINISHED:
             raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")

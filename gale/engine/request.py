@@ -36,6 +36,14 @@ class GrammarError(GaleError):
     """A grammar that is malformed, too costly, or allows no answer; the request is at fault."""
 
 
+class SamplingError(GaleError):
+    """A parameter that this model cannot honour; ``param`` is its name."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class EngineOverloadedError(GaleError):
     """The queue is full; trying again later may work."""
 
@@ -63,10 +71,14 @@ class Grammar:
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
-    ``max_tokens`` None means "as many as the context leaves". ``temperature`` 0 is greedy decoding. ``top_p``
-    keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020). A ``seed`` makes the
-    answer reproducible regardless of what else runs in the batch. ``stop`` strings end the answer and are
-    never part of it.
+    ``max_tokens`` None means "as many as the context leaves". ``temperature`` 0 is greedy decoding. A ``seed`` makes
+    the answer reproducible regardless of what else runs in the batch. ``stop`` strings and ``stop_token_ids`` end the
+    answer and are never part of its text.
+
+    ``top_k`` keeps so many likeliest tokens (0: all), ``top_p`` of those the smallest set whose share reaches it
+    (Holtzman et al. 2020), ``min_p`` what is at least that fraction as likely as the likeliest (Nguyen et al. 2024).
+    Before all that the scores are changed as :mod:`gale.engine.penalties` says: ``logit_bias`` holds (token, what is
+    added) once a token, ``repetition_penalty`` divides, ``frequency_penalty`` and ``presence_penalty`` are taken off.
 
     ``logprobs`` N asks for each token's log-probability and for the N likeliest tokens beside it (0 for none);
     ``prompt_logprobs`` asks the same of the prompt's tokens, for :meth:`Engine.complete` only. They are the model's
@@ -82,6 +94,13 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
     grammar: Grammar | None = None

@@ -47,7 +47,7 @@ class Sequence:
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet
         self.cache: SequenceCache | None = None  # given when the sequence is admitted
-        self.sampler = Sampler(params, constraint)
+        self.sampler = Sampler(params, prompt, constraint)
         self.emit = emit
         self.params = params
         self.generated: list[int] = []
@@ -58,7 +58,7 @@ class Sequence:
         self._prompt_scores = [TokenScore(prompt[0], None)]
         self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self.most_tokens = len(prompt) + self._limit
-        self._end_tokens = end_tokens
+        self._end_tokens = end_tokens | set(params.stop_token_ids)
         self._stream = stream
         self._stops = StopScanner(params.stop)
 
@@ -74,9 +74,7 @@ class Sequence:
 
     def accept(self, token: int, score: TokenScore | None = None) -> None:
         """Take the model's next token: show its text, and finish where it ends the answer."""
-        constraint = self.sampler.constraint
-        if constraint is not None:
-            constraint.commit(token)
+        self.sampler.commit(token)
         self.generated.append(token)
         if score is not None and score.logprob is not None:
             self.logprobs.append(score.logprob)
@@ -87,7 +85,7 @@ class Sequence:
             text = self._stops.push(self._stream.push(token))
             if self._stops.stopped:
                 reason = "stop"
-            elif constraint is not None and constraint.complete:
+            elif self.sampler.complete:
                 text, reason = text + self._stops.flush(), "stop"
             elif len(self.generated) >= self._limit:
                 text, reason = text + self._stops.flush(), "length"

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gale.core.errors import GaleError, StoreError
-from gale.engine.request import ContextLengthError, EngineFailedError, EngineOverloadedError
+from gale.engine.request import ContextLengthError, EngineFailedError, EngineOverloadedError, SamplingError
 from gale.platform.conversations import CursorError, NotFoundError
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
@@ -61,6 +61,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case ContextLengthError():
             return ApiError(400, error.message, code="context_length_exceeded", param="messages")
+        case SamplingError():
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
         case EngineOverloadedError():
             return ApiError(503, error.message, code="engine_overloaded", headers={"Retry-After": "2"})
         case EngineFailedError():

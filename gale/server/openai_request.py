@@ -7,11 +7,14 @@ lacks what was asked for is worse than an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gale.engine.request import Engine, SamplingParams
 from gale.server.errors import ApiError
+from gale.server.openai_logprobs import MOST_SCORES
 from gale.server.openai_models import require_model
+from gale.server.openai_sampling import seed_of
 from gale.server.openai_schema import ChatMessage, ChatRequest
 from gale.text.template import Message
 
@@ -20,39 +23,38 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
-    "presence_penalty": (0, 0.0),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 
 
-def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], SamplingParams]:
-    """What to ask of ``engine``. Raises :class:`ApiError` 400, or 404 for another model's name."""
+def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], list[SamplingParams]]:
+    """What to ask of ``engine``, for each choice. Raises :class:`ApiError` 400, or 404 for another model's name."""
     refuse_unsupported(request.model_extra or {}, _UNSUPPORTED)
     require_model(engine, request.model)
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "it is only allowed together with 'stream': true")
-    sampling = SamplingParams(
+    if request.top_logprobs is not None and not request.logprobs:
+        raise invalid("top_logprobs", "it is only allowed together with 'logprobs': true")
+    sampling = request.sampling(
+        stop=request.stop,
         max_tokens=_token_limit(request, engine.context_length),
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=request.seed,
-        stop=tuple(request.stop),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    return _messages(request.messages), sampling
+    choices = request.n or 1
+    limit = engine.context_length if sampling.max_tokens is None else sampling.max_tokens
+    if request.logprobs and choices * limit * (1 + (request.top_logprobs or 0)) > MOST_SCORES:
+        raise invalid("logprobs", f"this may need more than {MOST_SCORES:,} scores; ask for fewer tokens or choices")
+    each = [replace(sampling, seed=seed_of(request.seed, choice)) for choice in range(choices)]
+    return _messages(request.messages), each
 
 
 def refuse_unsupported(extra: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:

@@ -19,6 +19,7 @@ from gale.engine.request import (
     EngineFailedError,
     EngineOverloadedError,
     Finished,
+    SamplingError,
     SamplingParams,
     TextDelta,
     TokenScore,
@@ -130,6 +131,40 @@ def test_end_tokens_end_the_answer(make_engine: MakeEngine, model: Decoder, toke
     _, finished = asyncio.run(answer(make_engine(end_tokens=frozenset([end])), SHORT, temperature=0))
     assert finished.reason == "stop"
     assert finished.usage.completion_tokens == tokens.index(end) + 1
+
+
+def test_stop_tokens_of_a_request_end_its_answer_without_being_shown(
+    make_engine: MakeEngine, model: Decoder, tokenizer: Tokenizer
+) -> None:
+    tokens = slow_greedy(model, ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(SHORT)), 10)
+    engine = make_engine()
+    whole, _ = asyncio.run(answer(engine, SHORT, temperature=0, max_tokens=10))
+    text, finished = asyncio.run(answer(engine, SHORT, temperature=0, stop_token_ids=(tokens[6], 10**12)))
+    assert (finished.reason, finished.usage.completion_tokens) == ("stop", tokens.index(tokens[6]) + 1)
+    assert whole.startswith(text)
+    assert text != whole
+
+
+def test_penalties_work_on_what_was_said(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def tokens(**sampling: Any) -> list[int]:
+        async def collect() -> list[int]:
+            events = engine.complete([5, 6, 7], SamplingParams(temperature=0, max_tokens=40, logprobs=0, **sampling))
+            return [event.score.token async for event in events if isinstance(event, TextDelta) and event.score]
+
+        return asyncio.run(collect())
+
+    repeated = tokens(logit_bias=((9, 100.0),))
+    assert repeated == [9] * 40
+    assert len(set(tokens(presence_penalty=2.0, logit_bias=((9, 100.0), (11, 99.0))))) == 2
+    assert len(set(tokens(frequency_penalty=2.0, logit_bias=tuple((token, 100.0) for token in range(60))))) >= 30
+
+
+def test_a_bias_for_a_token_that_does_not_exist_is_refused(make_engine: MakeEngine) -> None:
+    for token in (-1, 10**6):
+        with pytest.raises(SamplingError):
+            asyncio.run(answer(make_engine(), SHORT, logit_bias=((token, 1.0),)))
 
 
 def test_without_max_tokens_the_context_is_the_limit(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
