@@ -38,6 +38,7 @@ _SPANS_FUEL = 2_000_000  # which cost no more than their length, and that is bou
 # An indented line or a few spaces at most: left to themselves, small models write spaces without end.
 _WHITESPACE = r"\n?[ \t]{0,24}"
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+0-9.eE]+)')
+_DEFINITION = re.compile(r"^[^\n:\"/]*:", re.M)
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 # What a span is made of: words, and single characters where a script does not part its words.
 _CHUNK = re.compile(
@@ -189,8 +190,7 @@ def _llguidance(grammar: Grammar) -> str:
                 raise GrammarError(f"The JSON Schema is not JSON: {error}") from error
         case "lark":
             lark = texts[0]
-            # Colons outnumber definitions; those of regular expressions do not count.
-            if lark.replace("(?", "").count(":") > MOST_DEFINITIONS:
+            if len(_DEFINITION.findall(lark)) > MOST_DEFINITIONS:
                 raise GrammarError(f"The grammar cannot be used: it has more than {MOST_DEFINITIONS} definitions.")
         case "regex":
             return LLMatcher.grammar_from_regex(texts[0])

@@ -6,7 +6,6 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -16,6 +15,7 @@ from gale.core.model_folder import model_name, read_json
 from gale.engine.batcher import Batcher
 from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
+from gale.engine.reply import Reply, tools_for_template
 from gale.engine.request import (
     ContextLengthError,
     EngineFailedError,
@@ -26,6 +26,7 @@ from gale.engine.request import (
     PromptScores,
     SamplingError,
     SamplingParams,
+    Tools,
 )
 from gale.engine.sequence import Sequence
 from gale.model.checkpoint import load_model, load_tokenizer
@@ -101,14 +102,18 @@ class LocalEngine:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        prompt = await asyncio.to_thread(self._prompt, messages)
-        events = self._run(prompt, replace(sampling, prompt_logprobs=False))
+        prompt = await asyncio.to_thread(self._prompt, messages, tools)
+        reply = Reply(self._template.source, self._tokenizer, prompt, sampling, tools)
+        events = self._run(prompt, reply.sampling, reply)
         try:
             async for event in events:
                 assert not isinstance(event, PromptScores), "not asked for"
-                yield event
+                for part in reply.events(event):
+                    yield part
         finally:
             await events.aclose()
 
@@ -120,14 +125,18 @@ class LocalEngine:
             raise PromptError(f"This model's tokens are numbered from 0 to {self._model.config.vocabulary_size - 1}.")
         return self._run(prompt, sampling)
 
-    async def _run(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
+    async def _run(
+        self, prompt: list[int], sampling: SamplingParams, reply: Reply | None = None
+    ) -> AsyncGenerator[PromptScores | Event, None]:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
         vocabulary = self._model.config.vocabulary_size
         if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
             raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
-        constraint = None if sampling.grammar is None else await self._grammars.matcher(sampling.grammar)
+        constraint = None
+        if sampling.grammar is not None:
+            constraint = await self._grammars.matcher(sampling.grammar, reply.thinking if reply else None)
         if self._unfinished >= MAX_UNFINISHED:
             raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
         if self._closing or not self._thread.is_alive():
@@ -145,7 +154,7 @@ class LocalEngine:
             sampling,
             room=room,
             end_tokens=self._end_tokens,
-            stream=self._tokenizer.stream(),
+            stream=self._tokenizer.stream(reply.shown if reply else None),
             emit=emit,
             constraint=constraint,
         )
@@ -163,13 +172,14 @@ class LocalEngine:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
+    def _prompt(self, messages: list[Message], tools: Tools | None = None) -> list[int]:
         """The conversation's tokens. Raises :class:`ContextLengthError` at once for what cannot fit in any way.
 
         Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
         """
-        self._refuse_megabytes(_characters(messages))
-        return self._template.prompt(messages)
+        shown = tools_for_template(tools) if tools else None
+        self._refuse_megabytes(_characters([messages, shown]))
+        return self._template.prompt(messages, tools=shown)
 
     def _refuse_megabytes(self, characters: int) -> None:
         least = characters // self._tokenizer.longest_token_characters

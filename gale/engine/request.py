@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from gale.core.errors import GaleError
 from gale.text.template import Message
@@ -107,6 +107,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Tools:
+    """The functions that an answer may call, each as OpenAI describes one: ``name``, and ``description``,
+    ``parameters`` (a JSON Schema) and ``strict`` where given.
+
+    With ``required`` it must call at least one, held to the schemas by a grammar; ``strict`` holds every call of that
+    function so, required or not. ``only`` names those that may be called, if not all. Without ``parallel`` there is at
+    most one call.
+    """
+
+    functions: tuple[dict[str, Any], ...]
+    required: bool = False
+    only: frozenset[str] | None = None
+    parallel: bool = True
+
+    @property
+    def callable(self) -> list[dict[str, Any]]:
+        """Those that may be called."""
+        return [function for function in self.functions if self.only is None or function["name"] in self.only]
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of one request."""
 
@@ -134,6 +155,27 @@ class PromptScores:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of a call of a tool. The first of a call has its ``id`` and the function's ``name``, the later ones neither;
+    the ``arguments`` of all together are the text of a JSON object, or the beginning of one in an answer cut short.
+
+    ``index`` counts the calls of an answer.
+    """
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """More text of the answer: whole characters only, stop strings held back.
 
@@ -153,7 +195,7 @@ class Finished:
     usage: Usage
 
 
-Event = TextDelta | Finished
+Event = TextDelta | ReasoningDelta | ToolCallDelta | Finished
 
 
 class Engine(Protocol):
@@ -176,12 +218,14 @@ class Engine(Protocol):
         Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
         """
 
-    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
-        """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
+    def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Answer a conversation: any number of deltas, then one :class:`Finished`.
 
         Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
-        step. Raises :class:`ContextLengthError` or :class:`EngineOverloadedError` before the first event and
-        :class:`EngineFailedError` at any time.
+        step. Raises :class:`ContextLengthError`, :class:`EngineOverloadedError` or :class:`GrammarError` (also where
+        the model's template has no tools) before the first event, :class:`EngineFailedError` at any time.
         """
 
     def encode(self, text: str) -> list[int]:
