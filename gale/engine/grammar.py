@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from gale.engine.request import EngineOverloadedError, Grammar, GrammarError
@@ -95,10 +95,9 @@ class Grammars:
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         try:
+            ends = sorted(self._end_tokens) or [self._stand_in]
             return LLTokenizer(
-                self._source.to_json(),
-                n_vocab=self._vocabulary_size,
-                eos_token=sorted(self._end_tokens) or [self._stand_in],
+                TokenizerWrapper(_Vocabulary(self._source, ends[0])), n_vocab=self._vocabulary_size, eos_token=ends
             )
         except ValueError as error:
             raise GrammarError(f"This model's tokenizer cannot be used with grammars: {error}") from error
@@ -111,6 +110,26 @@ class Grammars:
     @property
     def _hidden(self) -> list[int]:
         return [] if self._end_tokens else [self._stand_in]
+
+
+class _Vocabulary:
+    """Our tokenizer as llguidance asks for it.
+
+    Its own reading of ``tokenizer.json`` takes a control token for what merely spells one, and so led into tokens that
+    its parser then refused.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end: int) -> None:
+        self.eos_token_id = end
+        self.bos_token_id = None
+        self.special_token_ids = [tokenizer.vocabulary[token] for token in tokenizer.control_tokens]
+        self.tokens = [tokenizer.token_bytes(token, control_tokens=True) for token in range(tokenizer.vocabulary_size)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("only text can be encoded")  # by which llguidance finds out
+        return self._tokenizer.encode(text)
 
 
 class Matcher:

@@ -112,6 +112,12 @@ def test_an_answer_ends_only_where_its_grammar_allows(grammars: Grammars, tokeni
     assert matcher.complete
 
 
+def test_what_spells_a_control_token_is_text(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    grammar = Grammar("choice", ("a<|end|>b", "c</tool_call>"))
+    said = {say_anything(grammars, tokenizer, grammar, seed) for seed in range(8)}
+    assert said == set(grammar.value)
+
+
 def test_control_tokens_are_no_text(grammars: Grammars, tokenizer: Tokenizer) -> None:
     matcher = grammars.compile(Grammar("regex", "(?s:.*)"))
     control = {tokenizer.token_id(token) for token in tokenizer.control_tokens}
