@@ -19,7 +19,7 @@ from gale.engine.adapters import BatchAdapters
 from gale.engine.kv_cache import Caches, OwnCaches, SequenceCache
 from gale.engine.pace import Pace
 from gale.engine.prefix_cache import PrefixCache
-from gale.engine.request import EngineFailedError, EngineOverloadedError, TokenScore
+from gale.engine.request import EngineFailedError, EngineOverloadedError, GrammarError, TokenScore
 from gale.engine.sampler import choose
 from gale.engine.scores import score_rows
 from gale.engine.sequence import Sequence
@@ -151,6 +151,8 @@ class Batcher:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             try:
                 sequence.accept(token, scores.get(row))
+            except GrammarError as error:
+                sequence.fail(error)
             except Exception as error:  # what is wrong with one answer must not end the others
                 sequence.fail(EngineFailedError("The engine failed while answering."))
                 log.exception("answer_failed", error=str(error))

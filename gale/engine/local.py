@@ -7,7 +7,6 @@ import queue
 import threading
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Many
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from gale.core.errors import ModelError
 from gale.core.model_folder import model_name, read_json
 from gale.engine.adapters import Adapter, BatchAdapters
 from gale.engine.batcher import Batcher
+from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.options import EngineOptions
 from gale.engine.pace import Pace
 from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
+from gale.engine.reply import Reply, tools_for_template
 from gale.engine.request import (
     ContextLengthError,
     Decision,
@@ -35,6 +36,7 @@ from gale.engine.request import (
     PromptScores,
     SamplingError,
     SamplingParams,
+    Tools,
 )
 from gale.engine.sequence import Sequence
 from gale.model.adapter_folder import read_adapter_layers
@@ -87,6 +89,7 @@ class LocalEngine:
         self._folder = folder  # where the model came from: what its adapters are compared with
         self._adapters = BatchAdapters(model)
         self._pooling = own_pooling(folder)
+        self._grammars = Grammars(tokenizer, vocabulary_size=model.config.vocabulary_size, end_tokens=end_tokens)
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
@@ -167,14 +170,19 @@ class LocalEngine:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        prompt = await asyncio.to_thread(self._prompt, messages, self._adapters.get(sampling.adapter))
-        events = self._run(prompt, replace(sampling, prompt_logprobs=False))
+        adapter = self._adapters.get(sampling.adapter)
+        prompt = await asyncio.to_thread(self._prompt, messages, adapter, tools)
+        reply = Reply(self._template_of(adapter).source, self._tokenizer, prompt, sampling, tools)
+        events = self._run(prompt, reply.sampling, reply=reply)
         try:
             async for event in events:
                 assert not isinstance(event, PromptScores), "not asked for"
-                yield event
+                for part in reply.events(event):
+                    yield part
         finally:
             await events.aclose()
 
@@ -239,11 +247,16 @@ class LocalEngine:
 
     async def _read(self, prompt: list[int], adapter: str | None, observer: Observer) -> None:
         """Show ``observer`` a prompt as the model reads it; nothing is written."""
-        async for _ in self._run(prompt, SamplingParams(max_tokens=0, adapter=adapter), observer):
+        async for _ in self._run(prompt, SamplingParams(max_tokens=0, adapter=adapter), observer=observer):
             pass
 
     async def _run(
-        self, prompt: list[int], sampling: SamplingParams, observer: Observer | None = None
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        observer: Observer | None = None,
+        reply: Reply | None = None,
     ) -> AsyncGenerator[PromptScores | Event, None]:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
@@ -251,6 +264,9 @@ class LocalEngine:
         vocabulary = self._model.config.vocabulary_size
         if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
             raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
+        constraint = None
+        if sampling.grammar is not None:
+            constraint = await self._grammars.matcher(sampling.grammar, reply.thinking if reply else None)
         most = self._options.max_unfinished
         if self._unfinished >= most:
             raise EngineOverloadedError(f"{most} requests are being answered or wait already; try again later.")
@@ -270,8 +286,9 @@ class LocalEngine:
             sampling,
             room=room,
             end_tokens=self._end_tokens if adapter is None else adapter.end_tokens,
-            stream=self._tokenizer.stream(),
+            stream=self._tokenizer.stream(reply.shown if reply else None),
             emit=emit,
+            constraint=constraint,
             adapter=adapter,
             observer=observer,
         )
@@ -289,14 +306,17 @@ class LocalEngine:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
 
-    def _prompt(self, messages: list[Message], adapter: Adapter | None = None) -> list[int]:
+    def _template_of(self, adapter: Adapter | None) -> ChatTemplate:
+        return self._template if adapter is None else adapter.template or self._template
+
+    def _prompt(self, messages: list[Message], adapter: Adapter | None = None, tools: Tools | None = None) -> list[int]:
         """The conversation's tokens. Raises :class:`ContextLengthError` at once for what cannot fit in any way.
 
         Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
         """
-        self._refuse_megabytes(_characters(messages))
-        template = self._template if adapter is None else adapter.template or self._template
-        return template.prompt(messages)
+        shown = tools_for_template(tools) if tools else None
+        self._refuse_megabytes(_characters([messages, shown]))
+        return self._template_of(adapter).prompt(messages, tools=shown)
 
     def _refuse_megabytes(self, characters: int) -> None:
         least = characters // self._tokenizer.longest_token_characters

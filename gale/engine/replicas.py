@@ -31,6 +31,7 @@ from gale.engine.request import (
     PromptScores,
     SamplingParams,
     TextDelta,
+    Tools,
 )
 from gale.model.checkpoint import load_tokenizer
 from gale.model.config import ModelConfig
@@ -50,9 +51,11 @@ class Replica:
     def __init__(self, folder: str, options: EngineOptions, weights: Weights) -> None:
         self._engine = LocalEngine.load(Path(folder), options, weights=weights)
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event | GaleError, None]:
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None
+    ) -> AsyncGenerator[Event | GaleError, None]:
         """As the engine's, with its errors as last events: Ray would wrap them beyond recognition."""
-        events = self._engine.chat(messages, sampling)
+        events = self._engine.chat(messages, sampling, tools)
         try:
             async for event in events:
                 yield event
@@ -180,14 +183,16 @@ class ReplicaEngine:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._prompts.token_bytes(token, control_tokens=control_tokens)
 
-    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        return self._answer(self._handle.chat, messages, sampling)
+        return self._answer(self._handle.chat, sampling, messages, tools=tools)
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
         self._prompts.check(prompt)
-        return self._answer(self._handle.complete, prompt, sampling)
+        return self._answer(self._handle.complete, sampling, prompt)
 
     async def close(self) -> None:
         """Stop the replicas, and with them all requests."""
@@ -195,7 +200,9 @@ class ReplicaEngine:
 
         await asyncio.to_thread(serve.delete, self._name)
 
-    async def _answer(self, method: Any, asked: Any, sampling: SamplingParams) -> AsyncGenerator[Any, None]:
+    async def _answer(
+        self, method: Any, sampling: SamplingParams, asked: Any, **more: Any
+    ) -> AsyncGenerator[Any, None]:
         """The events of one request, from as many replicas as it takes."""
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError
@@ -204,7 +211,7 @@ class ReplicaEngine:
             sampling = replace(sampling, seed=secrets.randbits(63))
         said: list[PromptScores | Event] = []
         for _ in range(1 + MOST_LOST):
-            response = method.remote(asked, sampling)
+            response = method.remote(asked, sampling, **more)
             place = 0
             try:
                 while True:

@@ -47,6 +47,10 @@ class UnknownAdapterError(GaleError):
         super().__init__(f"There is no adapter `{name[:200]}`.")
 
 
+class GrammarError(GaleError):
+    """A grammar that is malformed, too costly, or allows no answer; the request is at fault."""
+
+
 class SamplingError(GaleError):
     """A parameter that this model cannot honour; ``param`` is its name."""
 
@@ -61,6 +65,21 @@ class EngineOverloadedError(GaleError):
 
 class EngineFailedError(GaleError):
     """The engine broke while answering; the request is lost, later ones may work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, whole and from its first character on.
+
+    ``value`` is a JSON Schema (as JSON text), a regular expression (in the syntax of Rust's ``regex``, matched whole)
+    or a Lark grammar (in llguidance's dialect); for "choice" the options, one of which is the answer; for "spans" the
+    passages, of one of which the answer is a piece, word for word and made of whole words, ``least`` characters long
+    or longer.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "choice", "spans"]
+    value: str | tuple[str, ...]
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +102,10 @@ class SamplingParams:
     A lower ``priority`` is served first, and takes memory from a higher one where there is too little.
 
     ``adapter`` names the adapter over the model that is to answer.
+
+    A ``grammar`` leaves only tokens that it allows, and ends the answer (with reason "stop") where it allows no more.
+    A model whose template has it think first does so freely. An answer cut by its length is the beginning of one that
+    the grammar allows.
     """
 
     max_tokens: int | None = None
@@ -101,6 +124,28 @@ class SamplingParams:
     prompt_logprobs: bool = False
     adapter: str | None = None
     priority: int = 0
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The functions that an answer may call, each as OpenAI describes one: ``name``, and ``description``,
+    ``parameters`` (a JSON Schema) and ``strict`` where given.
+
+    With ``required`` it must call at least one, held to the schemas by a grammar; ``strict`` holds every call of that
+    function so, required or not. ``only`` names those that may be called, if not all. Without ``parallel`` there is at
+    most one call.
+    """
+
+    functions: tuple[dict[str, Any], ...]
+    required: bool = False
+    only: frozenset[str] | None = None
+    parallel: bool = True
+
+    @property
+    def callable(self) -> list[dict[str, Any]]:
+        """Those that may be called."""
+        return [function for function in self.functions if self.only is None or function["name"] in self.only]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +179,27 @@ class PromptScores:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of a call of a tool. The first of a call has its ``id`` and the function's ``name``, the later ones neither;
+    the ``arguments`` of all together are the text of a JSON object, or the beginning of one in an answer cut short.
+
+    ``index`` counts the calls of an answer.
+    """
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """More text of the answer: whole characters only, stop strings held back.
 
@@ -153,7 +219,7 @@ class Finished:
     usage: Usage
 
 
-Event = TextDelta | Finished
+Event = TextDelta | ReasoningDelta | ToolCallDelta | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +269,15 @@ class Engine(Protocol):
         Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
         """
 
-    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
-        """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
+    def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Answer a conversation: any number of deltas, then one :class:`Finished`.
 
         Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
-        step. Raises :class:`ContextLengthError`, :class:`UnknownAdapterError` or :class:`EngineOverloadedError`
-        before the first event and :class:`EngineFailedError` at any time.
+        step. Raises :class:`ContextLengthError`, :class:`UnknownAdapterError`, :class:`EngineOverloadedError` or
+        :class:`GrammarError` (also where the model's template has no tools) before the first event, and
+        :class:`EngineFailedError` at any time.
         """
 
     def encode(self, text: str) -> list[int]:

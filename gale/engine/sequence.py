@@ -119,6 +119,8 @@ class Sequence:
             text = self._stops.push(self._stream.push(token))
             if self._stops.stopped:
                 reason = "stop"
+            elif self.sampler.complete:
+                text, reason = text + self._stops.flush(), "stop"
             elif len(self.tokens) >= self.most_tokens:
                 text, reason = text + self._stops.flush(), "length"
         if text or score is not None:

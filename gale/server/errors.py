@@ -60,6 +60,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
+def invalid(param: str, reason: str) -> ApiError:
+    """The error for a value that cannot be used."""
+    return ApiError(400, f"Invalid '{param}': {reason}.", code="invalid_value", param=param)
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about ``error``; an unforeseen one says nothing of its insides."""
     match error:

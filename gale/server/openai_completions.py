@@ -29,15 +29,16 @@ from gale.engine.request import (
 )
 from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
-from gale.server.errors import ApiError
+from gale.server.errors import ApiError, invalid
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
-from gale.server.openai_chat import finish_reason, usage_object
+from gale.server.openai_answer import finish_reason
+from gale.server.openai_chat import usage_object
 from gale.server.openai_completion_schema import MOST_CHOICES, CompletionRequest
 from gale.server.openai_logprobs import MOST_SCORES, LogprobLists
 from gale.server.openai_models import require_model
-from gale.server.openai_request import invalid, refuse_unsupported
+from gale.server.openai_request import refuse_unsupported
 from gale.server.openai_sampling import seed_of
 from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
 from gale.server.tokenize import text_of
