@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ class EngineChoice:
 
     model: str | None = None
     weights: Weights = "bf16"
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     upstream: str | None = None
     upstream_model: str | None = None
     upstream_key_env: str | None = None
@@ -39,6 +40,8 @@ class EngineChoice:
 @contextmanager
 def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
     """The engine for a server on ``port``; whoever serves it closes it. Raises :class:`GaleError`."""
+    if choice.adapters and (choice.upstream is not None or choice.ray is not None):
+        raise GaleError("--adapter is for a model in this process, without --upstream and --ray.")
     if choice.upstream is not None:
         if choice.ray is not None:
             raise GaleError("Give one of --upstream and --ray.")
@@ -73,7 +76,10 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
         return
     from gale.engine.local import LocalEngine
 
-    yield LocalEngine.load(resolve_model(choice.model), weights=choice.weights)
+    engine = LocalEngine.load(resolve_model(choice.model), weights=choice.weights)
+    for name, folder in choice.adapters.items():
+        engine.load_adapter(name, folder)
+    yield engine
 
 
 def _read_key(variable: str | None, file: Path | None) -> str | None:

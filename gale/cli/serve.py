@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from gale.core import files
+
 _UPSTREAM, _RAY = "Another server", "Replicas"
 
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="Model folder or name; the built-in model if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or name; built-in if not given.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
     ] = "127.0.0.1",
@@ -21,6 +23,10 @@ def serve(
         Literal["bf16", "int8", "int4"],
         typer.Option(help="bf16 as they are; int8 or int4 are rounded and much faster on a CPU."),
     ] = "bf16",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A LoRA adapter to serve under a name of its own; may be repeated."),
+    ] = None,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
     upstream: Annotated[
         str | None,
@@ -69,6 +75,7 @@ def serve(
     choice = EngineChoice(
         model,
         weights=weights,
+        adapters=_adapters(adapter or []),
         upstream=upstream,
         upstream_model=upstream_model,
         upstream_key_env=upstream_key_env,
@@ -98,3 +105,15 @@ def serve(
             asyncio.run(serve_and_close())
     finally:
         store.close()
+
+
+def _adapters(options: list[str]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for option in options:
+        name, equals, folder = option.partition("=")
+        if not (name and equals and folder) or name in adapters:
+            raise typer.BadParameter(
+                f"{option!r}: give each as NAME=DIR, with names of their own.", param_hint="--adapter"
+            )
+        adapters[name] = files.resolve(Path(folder))
+    return adapters

@@ -13,6 +13,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from gale.engine.adapters import BatchAdapters
 from gale.engine.kv_cache import Caches, OwnCaches, SequenceCache
 from gale.engine.request import EngineFailedError, TokenScore
 from gale.engine.sampler import choose
@@ -42,11 +43,13 @@ class Batcher:
         max_cached_tokens: int,
         prefill_chunk: int,
         caches: Caches | None = None,
+        adapters: BatchAdapters | None = None,
     ) -> None:
         self._model = model
         weight = model.embed_tokens.weight
         self._device = weight.device
         self._caches = caches or OwnCaches(model.config, weight.dtype, weight.device)
+        self._adapters = adapters or BatchAdapters(model)
         self._max_running = max_running
         self._max_cached_tokens = max_cached_tokens
         self._prefill_chunk = prefill_chunk
@@ -88,9 +91,10 @@ class Batcher:
             ids += sequence.pending[:count]
             positions += range(cache.length, cache.length + count)
         attend = self._caches.attention(caches, [count for _, count in work])
-        hidden_NC = self._model(
-            torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
-        )
+        with self._adapters.applied((sequence.adapter, count) for sequence, count in work):
+            hidden_NC = self._model(
+                torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
+            )
         sampled: list[tuple[Sequence, int]] = []
         row = -1
         for (sequence, count), cache in zip(work, caches, strict=True):
@@ -98,6 +102,8 @@ class Batcher:
             cache.advance(count)
             known = sequence.pending[1 : count + 1]
             sequence.pending = sequence.pending[count:]
+            if sequence.observer is not None:
+                sequence.pending = sequence.observer.observe(hidden_NC[low : row + 1], cache, sequence.pending)
             sequence.read(self._score_prompt(sequence, hidden_NC[low : low + len(known)], known))
             if not sequence.pending and not sequence.finished:  # the last token's scores are the next token's
                 sampled.append((sequence, row))

@@ -30,7 +30,7 @@ def cached_tokens_that_fit(model: Decoder) -> int:
     if weight.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(weight.device)
     else:
-        free = _free_memory()
+        free = max(0, _free_memory() - model.mapped_bytes)
     token_bytes = 2 * config.layers * config.kv_heads * config.head_dim * weight.element_size()
     return int(free // 2 // token_bytes)
 
@@ -84,6 +84,10 @@ class SequenceCache:
         """Count ``tokens`` more as stored in every layer."""
         self.length += tokens
 
+    def rewind(self, length: int) -> None:
+        """Forget what came after the first ``length`` tokens."""
+        self.length = length
+
 
 class Caches(Protocol):
     """Where the keys and values of running sequences lie, and how a batch attends to them."""
@@ -130,7 +134,7 @@ class CachedAttention:
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         window, softcap = self.config.window(layer), self.config.attention_softcap
-        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 32 == 0 and softcap is None:
+        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 2 == 0 and softcap is None:
             if self._native is None:
                 self._native = kernels.sequences(
                     [

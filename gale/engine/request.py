@@ -6,15 +6,17 @@ OpenAI-compatible server and for replicas, so nothing above this room knows whic
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from gale.core.errors import GaleError
 from gale.text.template import Message
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Pooling = Literal["mean", "last"]
 
 
 class ContextLengthError(GaleError):
@@ -38,6 +40,13 @@ class PromptError(GaleError):
     """Raw tokens that the model cannot read: none at all, or a number outside of its vocabulary."""
 
 
+class UnknownAdapterError(GaleError):
+    """A request for an adapter that is not loaded, or not any more."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no adapter `{name[:200]}`.")
+
+
 class EngineOverloadedError(GaleError):
     """The queue is full; trying again later may work."""
 
@@ -58,6 +67,8 @@ class SamplingParams:
     ``logprobs`` N asks for each token's log-probability and for the N likeliest tokens beside it (0 for none);
     ``prompt_logprobs`` asks the same of the prompt's tokens, for :meth:`Engine.complete` only. They are the model's
     own, whatever temperature and top-p do.
+
+    ``adapter`` names the adapter over the model that is to answer.
     """
 
     max_tokens: int | None = None
@@ -67,6 +78,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +131,29 @@ class Finished:
 Event = TextDelta | Finished
 
 
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector for each text, in their order, and how many tokens were read for all."""
+
+    vectors: list[list[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The natural log-probability of each label as what follows the prompt, and how many tokens were read."""
+
+    logprobs: list[float]
+    prompt_tokens: int
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Of each label, if the answer is one of them: they sum to 1."""
+        best = max(self.logprobs)
+        weights = [math.exp(logprob - best) for logprob in self.logprobs]
+        return [weight / sum(weights) for weight in weights]
+
+
 class Engine(Protocol):
     """A model that answers.
 
@@ -128,6 +163,10 @@ class Engine(Protocol):
     @property
     def model_id(self) -> str:
         """The name under which the model is served."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters over the model, for ``SamplingParams.adapter``."""
 
     @property
     def context_length(self) -> int:
@@ -143,8 +182,8 @@ class Engine(Protocol):
         """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
 
         Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
-        step. Raises :class:`ContextLengthError` or :class:`EngineOverloadedError` before the first event and
-        :class:`EngineFailedError` at any time.
+        step. Raises :class:`ContextLengthError`, :class:`UnknownAdapterError` or :class:`EngineOverloadedError`
+        before the first event and :class:`EngineFailedError` at any time.
         """
 
     def encode(self, text: str) -> list[int]:
@@ -171,3 +210,45 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop all requests and free the model."""
+
+
+@runtime_checkable
+class Reader(Engine, Protocol):
+    """An engine that can also answer by reading alone. ``embed`` and ``decide`` are called as ``chat`` is."""
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers of a whole vector."""
+
+    def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
+        """The tokens the model reads before it answers ``messages``. Raises :class:`ContextLengthError`."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of a text to embed, with what the tokenizer puts around a text; none of it is taken for control.
+
+        Raises :class:`ContextLengthError` for what is far too long.
+        """
+
+    async def embed(
+        self,
+        inputs: Sequence[str | list[int]],
+        *,
+        pooling: Pooling | None = None,
+        normalise: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> Embeddings:
+        """A vector for each text: the mean of its tokens' last hidden states, or the last token's.
+
+        Without ``pooling`` it is what the model's folder names, else the mean. ``dimensions`` keeps the first so many
+        numbers, before vectors are scaled to length 1. Raises as :meth:`Engine.complete` does, and
+        :class:`PromptError` for more dimensions than there are.
+        """
+
+    async def decide(self, prompt: list[int], labels: Sequence[str], *, adapter: str | None = None) -> Decision:
+        """How likely the model goes on with each label, of one or more tokens; the prompt is read once.
+
+        A label's tokens are those of its text alone, right behind the prompt: a space between them is the caller's to
+        write. Nothing is said of what follows: of the labels "a" and "ab", the first includes part of the second.
+        Raises as :meth:`Engine.complete` does, :class:`PromptError` for no labels, equal ones or an empty one.
+        """

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from typing import Protocol
 
+from gale.engine.adapters import Adapter
 from gale.engine.kv_cache import SequenceCache
+from gale.engine.reading import Observer
 from gale.engine.request import (
     Event,
     Finished,
@@ -43,12 +45,16 @@ class Sequence:
         end_tokens: Set[int],
         stream: TextStream,
         emit: Callable[[PromptScores | Event | Exception], None],
+        adapter: Adapter | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.pending = prompt  # tokens the model has not read yet
         self.cache: SequenceCache | None = None  # given when the sequence is admitted
         self.sampler = Sampler(params)
         self.emit = emit
         self.params = params
+        self.adapter = adapter
+        self.observer = observer
         self.generated: list[int] = []
         self.logprobs: list[float] = []
         self.cancelled = False
@@ -56,7 +62,7 @@ class Sequence:
         self._prompt_tokens = len(prompt)
         self._prompt_scores = [TokenScore(prompt[0], None)]
         self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        self.most_tokens = len(prompt) + self._limit
+        self.most_tokens = len(prompt) + self._limit + (observer.further_tokens if observer else 0)
         self._end_tokens = end_tokens
         self._stream = stream
         self._stops = StopScanner(params.stop)

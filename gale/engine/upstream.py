@@ -135,6 +135,11 @@ class UpstreamEngine:
         return self._model_id
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """None: they are for a model in this process."""
+        return ()
+
+    @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
         return self._context_length

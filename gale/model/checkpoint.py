@@ -80,7 +80,9 @@ def load_decoder(
                 if name in beside:
                     with torch.no_grad():
                         beside[name].copy_(mapped.tensor(stored))
-                elif not take(name, mapped.tensor(stored)):
+                elif kept := take(name, mapped.tensor(stored)):
+                    model.mapped_bytes += kept
+                else:
                     mapped.forget(stored)
     return model.eval()
 
@@ -88,11 +90,11 @@ def load_decoder(
 @contextlib.contextmanager
 def assembling(
     config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None
-) -> Iterator[tuple[Decoder, Callable[[str, Tensor], bool]]]:
+) -> Iterator[tuple[Decoder, Callable[[str, Tensor], int]]]:
     """A decoder without weights, and the function that takes them in, by the names of :func:`stored_weights`.
 
-    What has the wanted number format and device becomes a parameter as it is, without a copy; the function says whether
-    it did. Otherwise, and for experts, which are stacked, it is copied.
+    What has the wanted number format and device becomes a parameter as it is, without a copy; the function says how
+    many bytes of it did. Otherwise, and for experts, which are stacked, it is copied.
     """
     device = device or torch.device("cpu")
     with torch.device("meta"):
@@ -102,8 +104,8 @@ def assembling(
             module.to_empty(device=device)
     places = dict(_places(model))
 
-    def take(name: str, weight: Tensor) -> bool:
-        kept = False
+    def take(name: str, weight: Tensor) -> int:
+        kept = 0
         parts = places.pop(name)
         for part, place in zip(weight.split([len(part) for part, _ in parts]), parts, strict=True):
             here, parameter = place
@@ -113,7 +115,7 @@ def assembling(
                 continue
             module, _, leaf = parameter.rpartition(".")
             ours = part.to(device, dtype)
-            kept = kept or ours.data_ptr() == part.data_ptr()
+            kept += ours.nbytes if ours.data_ptr() == part.data_ptr() else 0
             setattr(model.get_submodule(module), leaf, nn.Parameter(ours))
         return kept
 
@@ -134,14 +136,15 @@ def save_model(
 
     ``beside`` are weights outside the decoder by name, ``settings`` what ``config.json`` says further or otherwise.
     """
-    weights = itertools.chain(_stored_names(stored_weights(model)), (beside or {}).items())
+    weights = itertools.chain(full_names(stored_weights(model)), (beside or {}).items())
     shapes = {name: (dtype, list(weight.shape)) for name, weight in weights}
-    weights = itertools.chain(_stored_names(stored_weights(model)), (beside or {}).items())
+    weights = itertools.chain(full_names(stored_weights(model)), (beside or {}).items())
     write(folder / WEIGHTS, shapes, ((name, weight.detach().to("cpu", dtype)) for name, weight in weights))
     files.write_json(folder / "config.json", {**model.config.to_hugging_face(dtype=_NAMES[dtype]), **(settings or {})})
 
 
-def _stored_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def full_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The names of :func:`stored_weights` as they stand in a file."""
     for name, weight in weights:
         yield name if name.startswith("lm_head.") else f"model.{name}", weight
 
@@ -177,6 +180,11 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The number format in which weights are stored; fp32 where they differ or it is one Gale does not write."""
     found = {tensor.dtype for path in weight_files(folder) for tensor in read_header(path).values()}
     return found.pop() if len(found) == 1 and found <= _NAMES.keys() else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How ``config.json`` calls a number format that Gale writes."""
+    return _NAMES[dtype]
 
 
 def stored_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:

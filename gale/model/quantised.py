@@ -1,4 +1,4 @@
-"""Linear layers whose weights are rounded to 8 or 4 bits when a model is opened: less memory to read for each token.
+"""Linear layers for answering: weights packed for the kernels and, if asked, rounded to 8 or 4 bits to be read faster.
 
 int8 has a scale for each output, int4 one for 32 inputs; activations are rounded to int8 token by token as they come
 (Dettmers et al. 2022 call this vector-wise; 4-bit groups as in GPTQ and llama.cpp's Q4_0). The packed weights are what
@@ -33,12 +33,13 @@ _GROUP = 32
 _LAYOUT = "1"  # of packed weights; a change makes those on disk worthless
 
 
-class QuantisedLinear(nn.Module):
+class PackedLinear(nn.Module):
     """A linear layer with weights of ``bits`` bits, packed for the kernels or, without those, plain for torch.
 
-    ``packed`` and ``scales`` are what :func:`gale.model.kernels.pack` makes. Without kernels int8 has ``packed`` [O, I]
-    and ``scales`` [O]; int4 has ``packed`` [O, G, 32], a number a byte, and ``scales`` [O, G]. The two agree exactly in
-    int8, and in int4 but for the order in which groups are added.
+    16 bits are bf16 as it was, and for the kernels only. ``packed`` and ``scales`` are what
+    :func:`gale.model.kernels.pack` makes. Without kernels int8 has ``packed`` [O, I] and ``scales`` [O]; int4 has
+    ``packed`` [O, G, 32], a number a byte, and ``scales`` [O, G]. The two agree exactly in int8, in int4 but for the
+    order in which groups are added.
     """
 
     def __init__(self, bits: int, outputs: int, packed: Tensor, scales: Tensor, bias: Tensor | None) -> None:
@@ -63,7 +64,7 @@ class QuantisedLinear(nn.Module):
 
 
 def round_weight(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
-    """``packed`` and ``scales`` of :class:`QuantisedLinear`."""
+    """``packed`` and ``scales`` of :class:`PackedLinear`."""
     if kernels.available():
         return kernels.pack(bits, weight_OC)
     wide_OC = weight_OC.float()
@@ -85,13 +86,14 @@ def round_weight(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> None:
-    """Replace the linear layers of ``model``, which must be on a CPU, by rounded ones; bf16 changes nothing.
+    """Replace the linear layers of ``model`` by rounded ones or, for bf16 on a CPU with kernels for it, by packed ones.
 
     The output head has int8 also where the rest has int4: it costs little there and much in quality. Embeddings and
     experts stay as they are. With the model's ``folder`` what is rounded is kept under ``GALE_HOME`` and found again.
-    Raises :class:`ModelError` for a model elsewhere than on a CPU.
+    Raises :class:`ModelError` for rounding a model elsewhere than on a CPU.
     """
     if weights == "bf16":
+        _pack(model)
         return
     if model.embed_tokens.weight.device.type != "cpu":
         raise ModelError("int8 and int4 weights are for CPUs.", hint="Leave out --weights on a GPU.")
@@ -106,11 +108,25 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> No
             pair = round_weight(wanted, layer.weight.detach())
             fresh |= {f"{name}.packed": pair[0], f"{name}.scales": pair[1]}
         assert pair[0] is not None and pair[1] is not None
-        outputs, bias = layer.weight.shape[0], layer.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantisedLinear(wanted, outputs, pair[0], pair[1], bias))
+        _replace(model, name, PackedLinear(wanted, layer.out_features, pair[0], pair[1], layer.bias))
     if kept and fresh:
         files.write_bytes(kept, save(fresh))
+
+
+def _pack(model: Decoder) -> None:
+    """bf16 weights in the order in which the kernels read them, which also makes a row independent of its batch."""
+    weight = model.embed_tokens.weight
+    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or not kernels.has_bf16():
+        return
+    for name, layer in list(_linears(model)):
+        if layer.in_features % 2 == 0:
+            packed, scales = kernels.pack(16, layer.weight.detach())
+            _replace(model, name, PackedLinear(16, layer.out_features, packed, scales, layer.bias))
+
+
+def _replace(model: Decoder, name: str, layer: PackedLinear) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def _linears(model: Decoder) -> Iterator[tuple[str, nn.Linear]]:

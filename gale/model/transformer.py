@@ -160,6 +160,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, unit_offset=config.unit_offset_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False)
+        self.mapped_bytes = 0  # of weights that are a file, which the system counts as free memory
         self.retie()
 
     def retie(self) -> None:

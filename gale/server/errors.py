@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gale.core.errors import GaleError, StoreError
-from gale.engine.request import ContextLengthError, EngineFailedError, EngineOverloadedError
+from gale.engine.request import ContextLengthError, EngineFailedError, EngineOverloadedError, UnknownAdapterError
 from gale.platform.conversations import CursorError, NotFoundError
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
@@ -61,6 +61,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case ContextLengthError():
             return ApiError(400, error.message, code="context_length_exceeded", param="messages")
+        case UnknownAdapterError():  # unloaded since the request was checked
+            return ApiError(404, error.message, code="model_not_found", param="model")
         case EngineOverloadedError():
             return ApiError(503, error.message, code="engine_overloaded", headers={"Retry-After": "2"})
         case EngineFailedError():
@@ -84,6 +86,17 @@ def as_api_error(error: Exception) -> ApiError:
             )
         case _:
             return internal_error()
+
+
+def too_long(error: ContextLengthError, param: str) -> ApiError:
+    """What a client is told of a text that is to be read and does not fit."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {error.context_length} tokens, and this has {error.prompt_tokens} "
+        "or more.",
+        code="context_length_exceeded",
+        param=param,
+    )
 
 
 def internal_error() -> ApiError:

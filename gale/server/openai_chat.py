@@ -39,7 +39,7 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
 
 
 async def _whole(engine: Engine, messages: list[Message], sampling: SamplingParams) -> dict[str, Any]:
-    head = _head(engine, "chat.completion")
+    head = _head(engine, sampling, "chat.completion")
     text: list[str] = []
     events = engine.chat(messages, sampling)
     try:
@@ -63,7 +63,7 @@ async def _stream(
     First the role alone, then text, then an empty delta with the reason, then (if asked for) the usage without
     choices, then ``[DONE]``. ``id``, ``created`` and ``model`` are the same in all.
     """
-    head = _head(engine, "chat.completion.chunk")
+    head = _head(engine, sampling, "chat.completion.chunk")
     if include_usage:
         head["usage"] = None
 
@@ -93,12 +93,12 @@ async def _stream(
     raise EngineFailedError("The model's answer ended without an end.")
 
 
-def _head(engine: Engine, kind: str) -> dict[str, Any]:
+def _head(engine: Engine, sampling: SamplingParams, kind: str) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "object": kind,
         "created": int(time.time()),
-        "model": engine.model_id,
+        "model": sampling.adapter or engine.model_id,
     }
 
 

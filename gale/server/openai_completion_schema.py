@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -24,8 +26,12 @@ MOST_STOPS = 32
 MOST_LOGPROBS = 20
 
 
-def _prompts(value: Any) -> Any:
-    """The four ways to write prompts as one: a list of strings and token lists."""
+def prompt_list(most: int) -> Callable[[Any], Any]:
+    """Takes the four ways to write up to ``most`` prompts as one: a list of strings and token lists."""
+    return partial(_prompts, most)
+
+
+def _prompts(most: int, value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
@@ -34,8 +40,8 @@ def _prompts(value: Any) -> Any:
         raise ValueError("it must not be empty")
     if all(_is_token(item) for item in value):
         return [value]
-    if len(value) > MOST_CHOICES:
-        raise ValueError(f"at most {MOST_CHOICES} prompts are taken at once")
+    if len(value) > most:
+        raise ValueError(f"at most {most} prompts are taken at once")
     if all(isinstance(item, str) for item in value):
         return value
     if all(isinstance(item, list) and item and all(_is_token(token) for token in item) for item in value):
@@ -54,7 +60,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list(MOST_CHOICES))]
     max_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None

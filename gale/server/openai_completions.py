@@ -98,7 +98,7 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": engine.model_id,
+            "model": body.model,
         }
         if body.stream:
             chunks = _stream(engine, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
@@ -112,7 +112,7 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
 def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
     """Every choice that is asked for, those of one prompt together. Raises :class:`ApiError` 400 or 404."""
     refuse_unsupported(body.model_extra or {}, _UNSUPPORTED)
-    require_model(engine, body.model)
+    adapter = require_model(engine, body.model)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "it is only allowed together with 'stream': true")
     copies = body.n or 1
@@ -129,6 +129,7 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
         stop=tuple(body.stop),
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        adapter=adapter,
     )
     jobs: list[_Job] = []
     as_ids = bool(body.return_tokens_as_token_ids)

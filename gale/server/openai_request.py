@@ -42,7 +42,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], SamplingParams]:
     """What to ask of ``engine``. Raises :class:`ApiError` 400, or 404 for another model's name."""
     refuse_unsupported(request.model_extra or {}, _UNSUPPORTED)
-    require_model(engine, request.model)
+    adapter = require_model(engine, request.model)
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "it is only allowed together with 'stream': true")
     sampling = SamplingParams(
@@ -51,6 +51,7 @@ def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], Samp
         top_p=1.0 if request.top_p is None else request.top_p,
         seed=request.seed,
         stop=tuple(request.stop),
+        adapter=adapter,
     )
     return to_messages(request.messages), sampling
 

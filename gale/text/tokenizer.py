@@ -155,6 +155,10 @@ class Tokenizer:
         backend = self._backend if control_tokens else self._plain
         return backend.encode(_whole_characters(text), add_special_tokens=False).ids
 
+    def encode_whole(self, text: str) -> list[int]:
+        """As :meth:`encode` without control tokens, between those that this tokenizer puts around a text by itself."""
+        return [*self._around[0], *self.encode(text), *self._around[1]]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As :meth:`encode` without control tokens, for many texts on all cores."""
         whole = [_whole_characters(text) for text in texts]
@@ -189,6 +193,12 @@ class Tokenizer:
     def stream(self) -> TokenStream:
         """A decoder for one answer that arrives token by token."""
         return TokenStream(self._backend)
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        first, *_, last = [place for place, added in enumerate(encoding.special_tokens_mask) if not added] * 2
+        return encoding.ids[:first], encoding.ids[last + 1 :]
 
     @cached_property
     def _plain(self) -> Backend:

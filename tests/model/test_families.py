@@ -18,6 +18,8 @@ from gale.model.config import ModelConfig
 from gale.model.rope import RopeScaling
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
+from gale.train.batches import Batch
+from gale.train.losses import trained_logprobs
 from tests.tiny_model import MIXTURE, make_model
 
 transformers = pytest.importorskip("transformers")
@@ -177,6 +179,25 @@ def test_their_checkpoint_opens_here_and_ours_there_with_equal_logits(name: str,
     assert type(back) is type(original)
     assert (their_logits(back, ids) - expected).abs().max() < 1e-4
     assert load_model(tmp_path / "ours", dtype=torch.float32).config == opened.config
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3, tied, part of each head rotated"])
+def test_it_trains_as_in_transformers(name: str, tmp_path: Path) -> None:
+    """The loss and the gradients of every weight: through soft-caps, windows and norms of all kinds."""
+    original = theirs(*CASES[name])
+    original.save_pretrained(tmp_path)
+    opened = load_model(tmp_path, dtype=torch.float32)
+    ids = torch.arange(TOKENS)
+    batch = Batch(ids[:-1], ids[1:], torch.arange(TOKENS - 1), [TOKENS - 1])
+    ours, known = -trained_logprobs(opened, batch).mean(), original(ids[None], labels=ids[None]).loss
+    torch.testing.assert_close(ours, known)
+    ours.backward()
+    known.backward()
+    expected = dict(original.named_parameters())
+    for part in ("embed_tokens", "layers.0.input_layernorm", "layers.1.mlp.down_proj", "layers.2.self_attn.o_proj"):
+        gradient = expected[f"model.{part}.weight"].grad
+        assert gradient is not None
+        torch.testing.assert_close(opened.get_parameter(f"{part}.weight").grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])

@@ -70,6 +70,18 @@ def test_a_rows_result_is_the_same_alone_and_among_others(level: int, bits: int,
         assert torch.equal(kernels.linear(bits, x[3 : 3 + rows], packed, scales, None, 200), whole[3 : 3 + rows])
 
 
+@pytest.mark.skipif(not kernels.has_bf16(), reason="this processor has no AVX512-BF16")
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (100, 50), (1, 2), (384, 512)])
+def test_bf16_products_equal_float64_and_a_row_does_not_depend_on_the_others(outputs: int, inputs: int) -> None:
+    torch.manual_seed(4)
+    weight, x, bias = torch.randn(outputs, inputs).bfloat16(), torch.randn(40, inputs).bfloat16(), torch.randn(outputs)
+    packed, scales = kernels.pack(16, weight)
+    whole = kernels.linear(16, x, packed, scales, bias, outputs)
+    torch.testing.assert_close(whole.double(), x.double() @ weight.double().t() + bias, atol=1e-2, rtol=2**-7)
+    for rows in (1, 2, 5, 6, 7, 13, 25):
+        assert torch.equal(kernels.linear(16, x[3 : 3 + rows], packed, scales, bias, outputs), whole[3 : 3 + rows])
+
+
 def test_every_level_computes_the_same_int8() -> None:
     native = kernels._native()
     assert native is not None
@@ -132,7 +144,7 @@ def caches(lengths: list[int], key_heads: int, size: int, capacity: int) -> list
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 20)), min_size=1, max_size=4),
     key_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    size=st.sampled_from([32, 64, 96]),
+    size=st.sampled_from([2, 8, 32, 40, 64, 96]),
     window=st.sampled_from([None, 1, 7, 33]),
     seed=st.integers(0, 1000),
 )
@@ -197,10 +209,10 @@ def test_without_a_compiler_one_line_says_so_and_torch_serves(tmp_path: Path) ->
     script = """
 import torch
 from gale.model import kernels
-from gale.model.quantised import QuantisedLinear, round_weight
+from gale.model.quantised import PackedLinear, round_weight
 with torch.inference_mode():
     x = torch.randn(3, 64).bfloat16()
-    layer = QuantisedLinear(8, 5, *round_weight(8, torch.randn(5, 64)), None)
+    layer = PackedLinear(8, 5, *round_weight(8, torch.randn(5, 64)), None)
     print(kernels.available(), kernels.serve(x), layer(x).shape)
 """
     for changes, said in (({"CXX": "/bin/false"}, 1), ({"GALE_KERNELS": "off"}, 0)):

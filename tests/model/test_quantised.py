@@ -12,7 +12,7 @@ from gale.core.settings import settings
 from gale.evals.bits_per_byte import bits_per_byte
 from gale.model import kernels
 from gale.model.checkpoint import load_model, load_tokenizer
-from gale.model.quantised import QuantisedLinear, Weights, quantise, round_weight
+from gale.model.quantised import PackedLinear, Weights, quantise, round_weight
 from gale.registry.models import resolve_model
 from gale.text.tokenizer import Tokenizer
 from tests.tiny_model import make_model, save_folder
@@ -35,9 +35,9 @@ def test_torch_alone_computes_what_the_kernels_compute(
         pytest.skip("no native kernels")
     torch.manual_seed(0)
     layer, x = nn.Linear(100, 70, bias=bias), torch.randn(9, 100)
-    native = QuantisedLinear(bits, 70, *round_weight(bits, layer.weight.data), layer.bias)
+    native = PackedLinear(bits, 70, *round_weight(bits, layer.weight.data), layer.bias)
     monkeypatch.setattr(kernels, "available", lambda: False)
-    plain = QuantisedLinear(bits, 70, *round_weight(bits, layer.weight.data), layer.bias)
+    plain = PackedLinear(bits, 70, *round_weight(bits, layer.weight.data), layer.bias)
     assert native.native and not plain.native
     torch.testing.assert_close(native(x), plain(x), atol=1e-5, rtol=1e-5 if exact else 1e-4)
     loss = (native(x) - layer(x)).norm() / layer(x).norm()
@@ -71,8 +71,8 @@ def test_rounded_weights_are_kept_and_found_again(tokenizer: Tokenizer, tmp_path
     quantise(second, "int4", folder)
     assert kept.stat().st_mtime_ns == written
     for one, other in zip(first.modules(), second.modules(), strict=True):
-        if isinstance(one, QuantisedLinear):
-            assert isinstance(other, QuantisedLinear)
+        if isinstance(one, PackedLinear):
+            assert isinstance(other, PackedLinear)
             assert torch.equal(one.packed, other.packed) and torch.equal(one.scales, other.scales)
     kept.write_bytes(kept.read_bytes()[:100])  # damaged: made anew
     third = load_model(folder, dtype=torch.bfloat16)
@@ -87,5 +87,5 @@ def test_a_tied_head_is_rounded_and_the_embedding_is_not(tokenizer: Tokenizer) -
     model = make_model(tokenizer, tied_embeddings=True).to(torch.bfloat16)
     before = model.embed_tokens.weight.clone()
     quantise(model, "int4")
-    assert isinstance(model.lm_head, QuantisedLinear) and model.lm_head.bits == 8
+    assert isinstance(model.lm_head, PackedLinear) and model.lm_head.bits == 8
     assert torch.equal(model.embed_tokens.weight, before)

@@ -22,6 +22,7 @@ class ScriptedEngine:
     """Says the last paragraph back word by word, unless its first word names another script. A token is a word."""
 
     model_id = "scripted/one"
+    adapters: tuple[str, ...] = ()
     context_length = 100
 
     def __init__(self) -> None:

@@ -26,6 +26,8 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "gale_level": (_I, [_I]),
     "gale_can_attend": (_I, []),
+    "gale_has_bf16": (_I, []),
+    "gale_pack_bf16": (None, [_P, _I, _I, _P, _I]),
     "gale_packed_bytes": (ctypes.c_long, [_I, _I, _I]),
     "gale_pack": (None, [_I, _P, _I, _I, _P, _P, _I]),
     "gale_linear": (None, [_I, _P, ctypes.c_bool, _I, _I, _P, _P, _P, _P, _I, _I]),
@@ -73,11 +75,27 @@ def serve(x: Tensor) -> bool:
     )
 
 
+@cache
+def has_bf16() -> bool:
+    """Whether this processor has the instructions for bf16 weights."""
+    native = _native()
+    return native is not None and bool(native.gale_has_bf16())
+
+
 def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights quantised to 8 bits (a scale an output) or 4 (a scale for 32 inputs), and the scales of the former."""
+    """Weights as they are (16 bits: bf16, an even number of inputs) or rounded, in the order in which they are read.
+
+    8 bits have a scale an output, which comes second, and 4 bits one for 32 inputs, packed with them.
+    """
     native = _native()
     assert native is not None
     outputs, inputs = weight_OC.shape
+    if bits == 16:
+        assert inputs % 2 == 0 and weight_OC.dtype is torch.bfloat16
+        packed = torch.empty(native.gale_packed_bytes(bits, outputs, inputs), dtype=torch.uint8)
+        weight_OC = weight_OC.contiguous()
+        native.gale_pack_bf16(weight_OC.data_ptr(), outputs, inputs, packed.data_ptr(), torch.get_num_threads())
+        return packed, torch.empty(0)
     wide_OC = weight_OC.float().contiguous()
     packed = torch.empty(native.gale_packed_bytes(bits, outputs, inputs), dtype=torch.uint8)
     scales_O = torch.empty(-(-outputs // _PANEL) * _PANEL if bits == 8 else 0)
@@ -87,7 +105,10 @@ def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Tensor | None, outputs: int) -> Tensor:
-    """``x_NC`` (bf16 or fp32) times packed weights, plus a bias in fp32."""
+    """``x_NC`` (bf16; or fp32, for rounded weights) times packed weights, plus a bias in fp32.
+
+    A row's result is the same to the bit whatever else is in the batch.
+    """
     native = _native()
     assert native is not None
     x_NC = x_NC.contiguous()

@@ -38,10 +38,12 @@ struct Layer {
 
 // 16 keys of `size` numbers, `size` apart -> [size / 2][16] pairs. Keys from `there` on are not read.
 GALE_BF16 void transpose(const bf16* keys, int size, int there, int32_t* out) {
-  for (int part = 0; part < size / 32; ++part) {  // a 16 x 16 transposition of 32-bit pairs
+  for (int part = 0; part * 32 < size; ++part) {  // a 16 x 16 transposition of 32-bit pairs
+    const __mmask16 inside = size - part * 32 >= 32 ? 0xffff : (1 << (size - part * 32) / 2) - 1;
     __m512i r[16], t[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(keys + long(std::min(i, there - 1)) * size + part * 32);
+    for (int i = 0; i < 16; ++i) 
+      r[i] = _mm512_maskz_loadu_epi32(inside, keys + long(std::min(i, there - 1)) * size + part * 32);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -131,6 +133,9 @@ GALE_BF16 void softmax(float* scores, int start, int end, int low, int high) {
 // out[q][0..32) += sum over t in [0, tokens) of weights[q][t] * values[t][0..32)
 template <int Q>
 GALE_BF16 void mix(const float* weights, long stride, const bf16* values, int size, int tokens, bf16* const* out, int at) {
+  const int left = size - at;
+  const __mmask16 inside[2] = {__mmask16(left >= 16 ? 0xffff : (1 << left) - 1),
+                               __mmask16(left >= 32 ? 0xffff : left > 16 ? (1 << (left - 16)) - 1 : 0)};
   __m512 sums[Q][2];
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = _mm512_setzero_ps();
@@ -139,7 +144,7 @@ GALE_BF16 void mix(const float* weights, long stride, const bf16* values, int si
     __m512 v[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      __m256i narrow = _mm256_loadu_si256((const __m256i*)(value + 16 * i));
+      __m256i narrow = _mm256_maskz_loadu_epi16(inside[i], value + 16 * i);
       v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
     }
 #pragma GCC unroll 8
@@ -152,7 +157,7 @@ GALE_BF16 void mix(const float* weights, long stride, const bf16* values, int si
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q)
     for (int i = 0; i < 2; ++i)
-      _mm256_storeu_si256((__m256i*)(out[q] + at + 16 * i), (__m256i)_mm512_cvtneps_pbh(sums[q][i]));
+      _mm256_mask_storeu_epi16(out[q] + at + 16 * i, inside[i], (__m256i)_mm512_cvtneps_pbh(sums[q][i]));
 }
 
 void attend(const Layer& l, const Sequence& s, int key_head, int first, int count) {
@@ -177,7 +182,7 @@ void attend(const Layer& l, const Sequence& s, int key_head, int first, int coun
   const int begin = l.window ? std::max(0, last[0] - l.window) / kKeys * kKeys : 0;
   const long stride = end - begin;
   if (long(scores.size()) < count * stride) scores.resize(count * stride);
-  if (int(pairs.size()) < l.size * 8) pairs.resize(l.size * 8);
+  if (int(pairs.size()) < l.size * 8 + 256) pairs.resize(l.size * 8 + 256);
   const long at = l.layer * s.layer_stride + key_head * s.head_stride;
   const bf16 *keys = s.keys + at, *values = s.values + at;
   for (int t = begin; t < end; t += kKeys) {
@@ -218,7 +223,7 @@ int gale_can_attend() {
 }
 
 // Stores the new keys and values k, v [rows, key heads, size] of one layer in their sequences' caches, then
-// out [rows, heads, size] of q, likewise. `size` is a multiple of 32. `window` 0 means that all is seen.
+// out [rows, heads, size] of q, likewise. `size` is even. `window` 0 means that all is seen.
 void gale_attend(const Sequence* sequences, int count, int layer, const bf16* q, const bf16* k, const bf16* v, bf16* out,
                  int heads, int key_heads, int size, int window, float scale, int threads) {
 #if defined(__x86_64__)

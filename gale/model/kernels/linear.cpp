@@ -1,10 +1,13 @@
-// Linear layers with int8 or int4 weights and activations that are quantised token by token as they come.
+// Linear layers: with bf16 weights, packed so that they are read in one stream; or with int8 or int4 weights and
+// activations that are quantised token by token as they come.
 //
-// out[m][n] = a_scale[m] * sum_k a[m][k] * w[n][k] * w_scale, with a in -127..127 and w stored without sign (+128 or +8),
-// which is what the multiply-add of VNNI takes (u8 x s8); sum_k a[m][k] takes the offset back out. Sums of int8 are exact
-// and those of int4 go group by group, so a row's result does not depend on how many rows there are.
+// A row's result does not depend on how many rows there are. (Stock bf16 products differ between one row and several.)
+// bf16 adds up input by input. Quantised is out[m][n] = a_scale[m] * sum_k a[m][k] * w[n][k] * w_scale, with a in -127..127 and w stored without sign (+128 or +8),
+// which is what the multiply-add of VNNI takes (u8 x s8); sum_k a[m][k] takes the offset back out. Sums of int8 are exact,
+// those of int4 go group by group.
 //
 // Weights are packed in panels of 64 outputs, in the order in which they are read, padded with what counts as zero:
+//   bf16: for each 2 inputs 64 x 2 numbers.
 //   int8: for each 4 inputs 64 x 4 bytes; the 64 fp32 scales of each output stand apart.
 //   int4: for each group of 32 inputs 4 x 4 x 64 bytes, whose low halves are inputs 8j..8j+3 and whose high halves are
 //         8j+4..8j+7, for 16 outputs each; then the 64 fp16 scales of the group.
@@ -19,6 +22,12 @@ namespace gale {
 namespace {
 
 constexpr int kPanel = 64, kGroup = 32, kGroupBytes = kPanel * kGroup / 2 + kPanel * 2;
+
+// The next rows of those that are left, at most `most`, in equal shares: 7 rows are 4 and 3, not 6 and 1.
+int share(int left, int most) {
+  int tiles = (left + most - 1) / most;
+  return (left + tiles - 1) / tiles;
+}
 
 int padded(int size, int step) { return (size + step - 1) / step * step; }
 
@@ -292,6 +301,41 @@ GALE_VNNI void panel4_vnni(const uint8_t* w, Tokens a, int stored, float* out) {
   }
 }
 
+// ---- AVX512-BF16.
+
+template <int M, int B>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void panel16_bf16(const uint8_t* w, const bf16* a, int inputs,
+                                                                                  float* out) {
+  for (int first = 0; first < 4; first += B) {
+    __m512 sums[M][B];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int b = 0; b < B; ++b) sums[m][b] = _mm512_setzero_ps();
+    const uint8_t* packed = w + first * 64;
+    for (int k = 0; k < inputs; k += 2, packed += 256) {
+      if (M <= 4)
+#pragma GCC unroll 16
+        for (int b = 0; b < B; ++b) _mm_prefetch((const char*)(packed + 4096 + b * 64), _MM_HINT_T0);
+      __m512bh weights[B];
+#pragma GCC unroll 16
+      for (int b = 0; b < B; ++b) weights[b] = (__m512bh)_mm512_loadu_si512(packed + b * 64);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        int32_t two;
+        std::memcpy(&two, a + long(m) * inputs + k, 4);
+        __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 16
+        for (int b = 0; b < B; ++b) sums[m][b] = _mm512_dpbf16_ps(sums[m][b], weights[b], x);
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int b = 0; b < B; ++b) _mm512_storeu_ps(out + m * kPanel + (first + b) * 16, sums[m][b]);
+  }
+}
+
 #endif
 
 enum Level { kPlain, kAvx2, kVnni };
@@ -324,6 +368,17 @@ void panel8(const uint8_t* w, Tokens a, int rows, int stored, int32_t* out) {
   panel8_plain(w, a, rows, stored, out);
 }
 
+void panel16(const uint8_t* w, const bf16* a, int rows, int inputs, float* out) {
+#if defined(__x86_64__)
+  using Kernel = void (*)(const uint8_t*, const bf16*, int, float*);
+  static constexpr Kernel kernels[] = {panel16_bf16<1, 4>, panel16_bf16<2, 4>, panel16_bf16<3, 4>,
+                                       panel16_bf16<4, 4>, panel16_bf16<5, 4>, panel16_bf16<6, 4>};
+  kernels[rows - 1](w, a, inputs, out);
+#else
+  (void)w, (void)a, (void)rows, (void)inputs, (void)out;
+#endif
+}
+
 void panel4(const uint8_t* w, Tokens a, int rows, int stored, float* out) {
 #if defined(__x86_64__)
   using Kernel = void (*)(const uint8_t*, Tokens, int, float*);
@@ -349,6 +404,9 @@ GALE_INLINE void finish(const Sum* sums, float a_scale, const float* w_scales, c
   GALE_CLONES void name(const Sum* sums, float a_scale, const float* w_scales, const float* bias, T* out, int outputs) { \
     finish(sums, a_scale, w_scales, bias, out, outputs);                                                       \
   }
+GALE_CLONES void finish_16(const float* sums, const float* bias, bf16* out, int outputs) {
+  for (int n = 0; n < outputs; ++n) out[n] = narrow(bias ? sums[n] + bias[n] : sums[n]);
+}
 GALE_FINISH(finish_8_bf16, int32_t, bf16)
 GALE_FINISH(finish_8_fp32, int32_t, float)
 GALE_FINISH(finish_4_bf16, float, bf16)
@@ -369,7 +427,35 @@ int gale_level(int most) {
 
 long gale_packed_bytes(int bits, int outputs, int inputs) {
   long panels = padded(outputs, kPanel) / kPanel;
+  if (bits == 16) return panels * kPanel * padded(inputs, 2) * 2;
   return bits == 8 ? panels * kPanel * padded(inputs, 4) : panels * (padded(inputs, kGroup) / kGroup) * kGroupBytes;
+}
+
+// Whether bf16 weights are served here: `inputs` must be even then.
+int gale_has_bf16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16");
+#else
+  return 0;
+#endif
+}
+
+// Packs bf16 weights [outputs, inputs] as they are.
+void gale_pack_bf16(const bf16* weights, int outputs, int inputs, bf16* packed, int threads) {
+  int panels = padded(outputs, kPanel) / kPanel;
+  Pool::run(panels, threads, [&](int panel) {
+    bf16* to = packed + long(panel) * kPanel * inputs;
+    for (int n = 0; n < kPanel; ++n) {
+      const bf16* row = weights + (long(panel) * kPanel + n) * inputs;
+      for (int k = 0; k < inputs; k += 2) {
+        bool inside = panel * kPanel + n < outputs;
+        to[long(k) * kPanel + n * 2] = inside ? row[k] : 0;
+        to[long(k) * kPanel + n * 2 + 1] = inside ? row[k + 1] : 0;
+      }
+    }
+  });
 }
 
 // Quantises weights [outputs, inputs] (fp32 rows) and packs them; int8 also fills scales [padded outputs].
@@ -416,7 +502,7 @@ void gale_pack(int bits, const float* weights, int outputs, int inputs, uint8_t*
   });
 }
 
-// out [rows, outputs] of x [rows, inputs], both bf16 or both fp32; bias [outputs] fp32 or null.
+// out [rows, outputs] of x [rows, inputs], both bf16 or, unless the weights are bf16, both fp32; bias [outputs] fp32 or null.
 void gale_linear(int bits, const void* x, bool wide, int rows, int inputs, const uint8_t* packed, const float* scales,
                  const float* bias, void* out, int outputs, int threads) {
   int stored = padded(inputs, bits == 8 ? 4 : kGroup), groups = bits == 8 ? 1 : stored / kGroup;
@@ -429,6 +515,26 @@ void gale_linear(int bits, const void* x, bool wide, int rows, int inputs, const
   int8_t* values = values_memory.data();  // thread_local names mean another memory on another thread
   int32_t* sums = sums_memory.data();
   float* a_scales = scale_memory.data();
+  const int panels = padded(outputs, kPanel) / kPanel, most = most_rows(bits);
+  const long panel_bytes = bits == 16 ? long(kPanel) * inputs * 2 : bits == 8 ? long(kPanel) * stored : long(groups) * kGroupBytes;
+  // A panel is claimed whole, several of them where they are so small that claiming would cost.
+  const int at_once = std::max<long>(1, std::min<long>(32768 / (panel_bytes * std::max(1, rows / 8)), panels / (2 * threads)));
+  const int chunks = (panels + at_once - 1) / at_once;
+  if (bits == 16) {
+    Pool::run(chunks, threads, [&](int chunk) {
+      alignas(64) float sums[6 * kPanel];
+      for (int panel = chunk * at_once; panel < std::min(panels, (chunk + 1) * at_once); ++panel) {
+        int first = panel * kPanel, here = std::min(kPanel, outputs - first);
+        for (int row = 0, now; row < rows; row += now) {
+          now = share(rows - row, 6);
+          panel16(packed + panel * panel_bytes, (const bf16*)x + long(row) * inputs, now, inputs, sums);
+          for (int m = 0; m < now; ++m)
+            finish_16(sums + m * kPanel, bias ? bias + first : nullptr, (bf16*)out + long(row + m) * outputs + first, here);
+        }
+      }
+    });
+    return;
+  }
   auto quantise = [&](int row) {
     int8_t* to = values + long(row) * stored;
     a_scales[row] = wide ? quantise_fp32((const float*)x + long(row) * inputs, inputs, stored, to, sums + long(row) * groups, bits == 4)
@@ -438,20 +544,14 @@ void gale_linear(int bits, const void* x, bool wide, int rows, int inputs, const
   Pool::run((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int chunk) {
     for (int row = chunk * kRowsAtOnce; row < std::min(rows, (chunk + 1) * kRowsAtOnce); ++row) quantise(row);
   });
-  int panels = padded(outputs, kPanel) / kPanel, most = most_rows(bits);
-  long panel_bytes = bits == 8 ? long(kPanel) * stored : long(groups) * kGroupBytes;
-  // A panel is claimed whole, several of them where they are so small that claiming would cost.
-  int at_once = std::max<long>(1, std::min<long>(32768 / (panel_bytes * std::max(1, rows / 8)), panels / (2 * threads)));
-  Pool::run((panels + at_once - 1) / at_once, threads, [&](int chunk) {
+  Pool::run(chunks, threads, [&](int chunk) {
     alignas(64) int32_t integer[12 * kPanel];
     alignas(64) float real[12 * kPanel];
     for (int panel = chunk * at_once; panel < std::min(panels, (chunk + 1) * at_once); ++panel) {
       const uint8_t* w = packed + panel * panel_bytes;
       int first = panel * kPanel, here = std::min(kPanel, outputs - first);
       for (int row = 0, now; row < rows; row += now) {
-        // Equal shares: 7 rows are 4 and 3, not 6 and 1.
-        int left = rows - row, tiles = (left + most - 1) / most;
-        now = (left + tiles - 1) / tiles;
+        now = share(rows - row, most);
         Tokens a{values + long(row) * stored, sums + long(row) * groups, stored, groups};
         if (bits == 8) panel8(w, a, now, stored, integer);
         else panel4(w, a, now, stored, real);
