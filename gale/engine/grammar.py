@@ -75,6 +75,10 @@ class Grammars:
         finally:
             self._waiting -= 1
 
+    def close(self) -> None:
+        """End the thread; what waits for it is cancelled."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
     def compile(self, grammar: Grammar, thinking: Thinking | None = None) -> Matcher:
         """What holds one answer to ``grammar``, except for what it thinks before. Raises :class:`GrammarError`."""
         fuel = _SPANS_FUEL if grammar.kind == "spans" else _FUEL

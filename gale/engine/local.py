@@ -265,7 +265,7 @@ class LocalEngine:
         if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
             raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
         constraint = None
-        if sampling.grammar is not None:
+        if sampling.grammar is not None and not self._closing:
             constraint = await self._grammars.matcher(sampling.grammar, reply.thinking if reply else None)
         most = self._options.max_unfinished
         if self._unfinished >= most:
@@ -326,6 +326,7 @@ class LocalEngine:
     async def close(self) -> None:
         """Stop all requests and the thread."""
         self._closing = True
+        self._grammars.close()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
 
