@@ -26,6 +26,8 @@ class EngineChoice:
     model: str | None = None
     weights: Weights = "bf16"
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    max_requests: int = 256
+    prefix_cache: bool = True
     upstream: str | None = None
     upstream_model: str | None = None
     upstream_key_env: str | None = None
@@ -58,8 +60,10 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
             context_length=choice.upstream_context,
         )
         return
+    from gale.engine.options import EngineOptions
     from gale.registry.models import resolve_model
 
+    options = EngineOptions(max_unfinished=choice.max_requests, prefix_cache=choice.prefix_cache)
     if choice.ray is not None:
         from gale.core.cluster import joined_ray
         from gale.engine.replicas import ReplicaEngine
@@ -68,6 +72,7 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
             yield ReplicaEngine.start(
                 resolve_model(choice.model),
                 name=f"gale-{socket.gethostname()}-{port}",
+                options=options,
                 weights=choice.weights,
                 replicas=choice.replicas,
                 cpus=choice.replica_cpus,
@@ -76,7 +81,7 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
         return
     from gale.engine.local import LocalEngine
 
-    engine = LocalEngine.load(resolve_model(choice.model), weights=choice.weights)
+    engine = LocalEngine.load(resolve_model(choice.model), options, weights=choice.weights)
     for name, folder in choice.adapters.items():
         engine.load_adapter(name, folder)
     yield engine

@@ -27,6 +27,10 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="A LoRA adapter to serve under a name of its own; may be repeated."),
     ] = None,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Requests answered or waiting at once; more are told to come back.")
+    ] = 256,
+    prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for prompts that begin alike.")] = True,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
     upstream: Annotated[
         str | None,
@@ -76,6 +80,8 @@ def serve(
         model,
         weights=weights,
         adapters=_adapters(adapter or []),
+        max_requests=max_requests,
+        prefix_cache=prefix_cache,
         upstream=upstream,
         upstream_model=upstream_model,
         upstream_key_env=upstream_key_env,

@@ -1,13 +1,15 @@
 """The engine's heart: which tokens the model reads in each step (continuous batching with chunked prefill).
 
-A step takes one new token of every answering sequence and, beside them, a bounded chunk of the oldest prompt that is
+A step takes one new token of every answering sequence and, beside them, a bounded chunk of the prompts that are
 still being read. So answers never wait longer for a long prompt than for one chunk of it (Yu et al. 2022, Agrawal
 et al. 2023).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+import time
+from bisect import insort
 
 import structlog
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from gale.engine.adapters import BatchAdapters
 from gale.engine.kv_cache import Caches, OwnCaches, SequenceCache
-from gale.engine.request import EngineFailedError, TokenScore
+from gale.engine.pace import Pace
+from gale.engine.prefix_cache import PrefixCache
+from gale.engine.request import EngineFailedError, EngineOverloadedError, GrammarError, TokenScore
 from gale.engine.sampler import choose
 from gale.engine.scores import score_rows
 from gale.engine.sequence import Sequence
@@ -23,6 +27,8 @@ from gale.model.transformer import Decoder
 
 # Prompt rows whose scores over the vocabulary are held at once: 64 rows of 150,000 tokens are 38 MB in fp32.
 _SCORED_ROWS = 64
+# Tokens that a sequence may go on for before there could be too little memory, where another is to start beside it.
+_HEADROOM = 16
 
 log = structlog.get_logger()
 
@@ -30,9 +36,12 @@ log = structlog.get_logger()
 class Batcher:
     """Runs sequences through ``model``: at most ``max_running`` at once, ``prefill_chunk`` prompt tokens a step.
 
-    A sequence starts only when all it may come to hold fits into ``max_cached_tokens`` beside those running, so the
-    cache can never run out in the middle of an answer. One sequence always runs, however long. Keys and
-    values lie in ``caches``; each sequence's in a piece of its own where none are given.
+    A sequence starts when its tokens so far fit into ``max_cached_tokens`` beside those of all that run. Where answers
+    outgrow that, the least urgent and youngest sequence gives its memory back and waits; later all its tokens are read
+    again, and its answer goes on as if nothing had been. One sequence always runs, however long. A more urgent sequence
+    (a lower ``priority``) takes the place of a less urgent one. Keys and values lie in ``caches``; each sequence's
+    in a piece of its own where none are given. With ``pace`` the chunk adapts to the time that answers take. With
+    ``prefix_cache`` what others have read is copied where it can be; what is kept for that gives way first.
     """
 
     def __init__(
@@ -44,40 +53,59 @@ class Batcher:
         prefill_chunk: int,
         caches: Caches | None = None,
         adapters: BatchAdapters | None = None,
+        pace: Pace | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self._model = model
         weight = model.embed_tokens.weight
         self._device = weight.device
         self._caches = caches or OwnCaches(model.config, weight.dtype, weight.device)
         self._adapters = adapters or BatchAdapters(model)
+        self._prefixes = PrefixCache(self._caches, enabled=prefix_cache)
         self._max_running = max_running
-        self._max_cached_tokens = max_cached_tokens
+        self._max_cached_tokens = self._limit = max_cached_tokens
         self._prefill_chunk = prefill_chunk
-        self._running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
+        self._pace = pace
+        self._arrivals = itertools.count()
+        self._running: list[Sequence] = []  # this and the next: the most urgent first, the oldest of those first
+        self._waiting: list[Sequence] = []
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._running and not self._waiting
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are held for running sequences."""
+        return sum(sequence.cache.length for sequence in self._running if sequence.cache)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens whose keys and values are kept in case that another sequence begins alike."""
+        return self._prefixes.tokens
+
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; sequences start in the order in which they came."""
-        self._waiting.append(sequence)
+        """Queue a sequence; among equally urgent ones they start in the order in which they came."""
+        sequence.order = (sequence.params.priority, next(self._arrivals))
+        insort(self._waiting, sequence, key=_order)
 
     def abandon(self, error: Exception) -> None:
         """Tell every sequence that it failed and forget them all."""
         for sequence in [*self._running, *self._waiting]:
             sequence.fail(error)
+            self._prefixes.end(sequence, keep=False)
+        self._prefixes.shrink(0)
         self._forget_finished()
-        self._waiting.clear()
 
     @torch.inference_mode()
     def step(self) -> None:
         """Drop what was cancelled, admit what fits, read one batch of tokens and choose the next ones."""
+        began = time.perf_counter()
         self._drop_cancelled()
+        self._make_room()
         self._admit()
-        work = self._plan()
+        work = self._reserve(self._plan())
         if not work:
             return
         ids: list[int] = []
@@ -86,9 +114,8 @@ class Batcher:
         for sequence, count in work:
             cache = sequence.cache
             assert cache is not None
-            cache.reserve(count)
             caches.append(cache)
-            ids += sequence.pending[:count]
+            ids += sequence.tokens[cache.length : cache.length + count]
             positions += range(cache.length, cache.length + count)
         attend = self._caches.attention(caches, [count for _, count in work])
         with self._adapters.applied((sequence.adapter, count) for sequence, count in work):
@@ -99,18 +126,19 @@ class Batcher:
         row = -1
         for (sequence, count), cache in zip(work, caches, strict=True):
             low, row = row + 1, row + count
+            scores = self._score_prompt(sequence, hidden_NC[low : row + 1], cache.length)
             cache.advance(count)
-            known = sequence.pending[1 : count + 1]
-            sequence.pending = sequence.pending[count:]
-            if sequence.observer is not None:
-                sequence.pending = sequence.observer.observe(hidden_NC[low : row + 1], cache, sequence.pending)
-            sequence.read(self._score_prompt(sequence, hidden_NC[low : low + len(known)], known))
-            if not sequence.pending and not sequence.finished:  # the last token's scores are the next token's
+            sequence.observe(hidden_NC[low : row + 1])
+            sequence.read(scores)
+            if not sequence.unread and not sequence.finished:  # the last token's scores are the next token's
                 sampled.append((sequence, row))
         if sampled:
             logits_SV = self._model.logits(hidden_NC[[row for _, row in sampled]]).float().cpu()
             self._choose([sequence for sequence, _ in sampled], logits_SV)
         self._forget_finished()
+        if self._pace:
+            answering = sum(count == 1 for _, count in work)
+            self._pace.note(answering, len(ids) - answering, time.perf_counter() - began)
 
     def _choose(self, sequences: list[Sequence], logits_SV: Tensor) -> None:
         """Give each sequence its next token, with its score where one is asked for."""
@@ -123,41 +151,101 @@ class Batcher:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             try:
                 sequence.accept(token, scores.get(row))
+            except GrammarError as error:
+                sequence.fail(error)
             except Exception as error:  # what is wrong with one answer must not end the others
                 sequence.fail(EngineFailedError("The engine failed while answering."))
                 log.exception("answer_failed", error=str(error))
 
-    def _score_prompt(self, sequence: Sequence, hidden_KC: Tensor, known: list[int]) -> list[TokenScore]:
-        """The scores of the ``known`` tokens that follow K tokens just read; nothing where nobody asked."""
+    def _score_prompt(self, sequence: Sequence, hidden_KC: Tensor, first: int) -> list[TokenScore]:
+        """Scores of the prompt's tokens that follow K just read ones, of which the ``first`` has that place.
+
+        Nothing where nobody asked, and none twice: what a sequence lost its memory for is read again.
+        """
         if not sequence.params.prompt_logprobs:
             return []
         scores: list[TokenScore] = []
-        for low in range(0, len(known), _SCORED_ROWS):
-            logits_RV = self._model.logits(hidden_KC[low : low + _SCORED_ROWS])
-            scores += score_rows(logits_RV, known[low : low + _SCORED_ROWS], sequence.params.logprobs or 0)
+        known = sequence.tokens[: min(first + len(hidden_KC) + 1, sequence.prompt_tokens)]
+        for low in range(max(first + 1, sequence.scored), len(known), _SCORED_ROWS):
+            tokens = known[low : low + _SCORED_ROWS]
+            row = low - first - 1
+            logits_RV = self._model.logits(hidden_KC[row : row + len(tokens)])
+            scores += score_rows(logits_RV, tokens, sequence.params.logprobs or 0)
         return scores
+
+    def _make_room(self) -> None:
+        """Take memory back from the least urgent where this step would need more than there is."""
+        while len(self._running) > 1 and self._tokens() > self._limit:
+            self._preempt(self._running[-1])
+        self._prefixes.shrink(self._limit - self._tokens())
+
+    def _tokens(self) -> int:
+        """Tokens that the running sequences have to hold in order to go on."""
+        return sum(len(sequence.tokens) for sequence in self._running)
 
     def _admit(self) -> None:
         """Start what waits, in order, as far as there is room."""
-        held = sum(sequence.most_tokens for sequence in self._running)
-        while self._waiting and len(self._running) < self._max_running:
-            held += self._waiting[0].most_tokens
-            if self._running and held > self._max_cached_tokens:
-                return
-            sequence = self._waiting.popleft()
-            sequence.cache = self._caches.take()
-            self._running.append(sequence)
+        for sequence in self._waiting[: self._max_running]:
+            if self._prefixes.awaits(sequence):
+                continue
+            while not self._fits(sequence):
+                last = self._running[-1]
+                if last.params.priority <= sequence.params.priority:
+                    return
+                self._preempt(last)
+            self._waiting.remove(sequence)
+            self._prefixes.begin(sequence, self._limit - self._tokens() - len(sequence.tokens))
+            insort(self._running, sequence, key=_order)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether a sequence may start beside those that run."""
+        if not self._running:
+            self._limit = self._max_cached_tokens
+            return True
+        near = sum(min(each.most_tokens, len(each.tokens) + _HEADROOM) for each in [*self._running, sequence])
+        return len(self._running) < self._max_running and near <= self._limit
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again, without its cache."""
+        self._prefixes.end(sequence, keep=False)
+        self._running.remove(sequence)
+        insort(self._waiting, sequence, key=_order)
 
     def _plan(self) -> list[tuple[Sequence, int]]:
-        """Sequences of this step with how many tokens each reads; prompts share one chunk, oldest first."""
-        work, budget = [], self._prefill_chunk
+        """Sequences of this step with how many tokens each reads; prompts share one chunk, the most urgent first."""
+        answering = sum(sequence.unread == 1 for sequence in self._running)
+        work, budget = [], self._pace.chunk(answering) if self._pace else self._prefill_chunk
         for sequence in self._running:
-            if len(sequence.pending) == 1:
+            if sequence.unread == 1:
                 work.append((sequence, 1))
             elif budget > 0:
-                count = min(len(sequence.pending), budget)
+                count = min(sequence.unread, budget)
                 work.append((sequence, count))
                 budget -= count
+        return work
+
+    def _reserve(self, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """What of ``work`` there is memory for; the rest waits until others have ended. One that is alone fails."""
+        place = 0
+        while place < len(work):
+            sequence, count = work[place]
+            assert sequence.cache is not None
+            try:
+                sequence.cache.reserve(count)
+                place += 1
+            except (MemoryError, RuntimeError) as error:  # torch has no name of its own for it on a CPU
+                log.warning("no_memory_for_keys_and_values", cached_tokens=self.cached_tokens, error=str(error))
+                last = self._running[-1]
+                if self._prefixes.tokens:
+                    self._prefixes.shrink(0)
+                    continue
+                if len(self._running) == 1:
+                    last.fail(EngineOverloadedError("There is no memory left for this request; try again later."))
+                    self._forget_finished()
+                    return []
+                self._limit = self.cached_tokens  # until nothing runs
+                self._preempt(last)
+                work = [item for item in work if item[0] is not last]
         return work
 
     def _drop_cancelled(self) -> None:
@@ -165,10 +253,14 @@ class Batcher:
             if sequence.cancelled:
                 sequence.finish("cancelled")
         self._forget_finished()
-        self._waiting = deque(sequence for sequence in self._waiting if not sequence.finished)
 
     def _forget_finished(self) -> None:
         for sequence in self._running:
-            if sequence.finished and sequence.cache:
-                self._caches.give_back(sequence.cache)
+            if sequence.finished:
+                self._prefixes.end(sequence, keep=True)
         self._running = [sequence for sequence in self._running if not sequence.finished]
+        self._waiting = [sequence for sequence in self._waiting if not sequence.finished]
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

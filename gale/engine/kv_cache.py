@@ -66,7 +66,7 @@ class SequenceCache:
         """Make room for ``tokens`` more."""
         needed, capacity = self.length + tokens, self.capacity
         if needed > capacity:
-            capacity = min(max(needed, 2 * capacity), max(needed, self._config.context_length))
+            capacity = min(max(needed, 2 * capacity, _FIRST_CAPACITY), max(needed, self._config.context_length))
             self._keys_LKTD = _grown(self._keys_LKTD, capacity, self.length)
             self._values_LKTD = _grown(self._values_LKTD, capacity, self.length)
 
@@ -84,9 +84,16 @@ class SequenceCache:
         """Count ``tokens`` more as stored in every layer."""
         self.length += tokens
 
-    def rewind(self, length: int) -> None:
-        """Forget what came after the first ``length`` tokens."""
-        self.length = length
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first ``tokens``."""
+        self.length = min(self.length, tokens)
+
+    def copy_from(self, other: SequenceCache, tokens: int) -> None:
+        """Begin with the first ``tokens`` of another sequence; this one must be empty."""
+        self.reserve(tokens)
+        self._keys_LKTD[:, :, :tokens] = other._keys_LKTD[:, :, :tokens]
+        self._values_LKTD[:, :, :tokens] = other._values_LKTD[:, :, :tokens]
+        self.length = tokens
 
 
 class Caches(Protocol):
@@ -111,9 +118,8 @@ class OwnCaches:
     device: torch.device
 
     def take(self) -> SequenceCache:
-        """Fresh memory for one sequence."""
-        capacity = min(_FIRST_CAPACITY, self.config.context_length)
-        shape = (self.config.layers, self.config.kv_heads, capacity, self.config.head_dim)
+        """A cache without memory, which it gets once it is needed."""
+        shape = (self.config.layers, self.config.kv_heads, 0, self.config.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return SequenceCache(self.config, keys, values)
 

@@ -7,7 +7,6 @@ import queue
 import threading
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Many
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +17,12 @@ from gale.core.errors import ModelError
 from gale.core.model_folder import model_name, read_json
 from gale.engine.adapters import Adapter, BatchAdapters
 from gale.engine.batcher import Batcher
+from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
+from gale.engine.options import EngineOptions
+from gale.engine.pace import Pace
 from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
+from gale.engine.reply import Reply, tools_for_template
 from gale.engine.request import (
     ContextLengthError,
     Decision,
@@ -31,7 +34,9 @@ from gale.engine.request import (
     Pooling,
     PromptError,
     PromptScores,
+    SamplingError,
     SamplingParams,
+    Tools,
 )
 from gale.engine.sequence import Sequence
 from gale.model.adapter_folder import read_adapter_layers
@@ -41,10 +46,9 @@ from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
-MAX_RUNNING = 64
-MAX_UNFINISHED = 256
-PREFILL_CHUNK = 256
 MOST_ADAPTER_RANK = 256
+# With room for fewer tokens than this nobody could be answered.
+_LEAST_CACHED_TOKENS = 128
 _CLOSE_SECONDS = 10.0
 
 log = structlog.get_logger()
@@ -65,8 +69,19 @@ class LocalEngine:
         model_id: str,
         end_tokens: frozenset[int] = frozenset(),
         folder: Path | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         self._model = model
+        self._options = options = options or EngineOptions()
+        context = model.config.context_length
+        self._cached_tokens = options.max_cached_tokens or cached_tokens_that_fit(model)
+        if self._cached_tokens < min(_LEAST_CACHED_TOKENS, context):
+            raise ModelError(
+                f"There is memory for the keys and values of {self._cached_tokens} tokens only.",
+                hint="Free some memory, or take a smaller model.",
+            )
+        if self._cached_tokens < context:
+            log.warning("context_cut_to_memory", tokens=self._cached_tokens, model=context)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
         self._model_id = model_id
@@ -74,6 +89,7 @@ class LocalEngine:
         self._folder = folder  # where the model came from: what its adapters are compared with
         self._adapters = BatchAdapters(model)
         self._pooling = own_pooling(folder)
+        self._grammars = Grammars(tokenizer, vocabulary_size=model.config.vocabulary_size, end_tokens=end_tokens)
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
@@ -81,7 +97,7 @@ class LocalEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, *, weights: Weights = "bf16") -> LocalEngine:
+    def load(cls, folder: Path, options: EngineOptions | None = None, *, weights: Weights = "bf16") -> LocalEngine:
         """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
@@ -95,6 +111,7 @@ class LocalEngine:
             model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
             folder=folder,
+            options=options,
         )
 
     @property
@@ -137,8 +154,8 @@ class LocalEngine:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._model.config.context_length
+        """Most tokens of prompt and answer together: the model's own limit, or what there is memory for."""
+        return min(self._model.config.context_length, self._cached_tokens)
 
     def count_prompt_tokens(self, messages: list[Message]) -> int:
         """Tokens the model would read before answering ``messages``."""
@@ -153,14 +170,19 @@ class LocalEngine:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        prompt = await asyncio.to_thread(self._prompt, messages, self._adapters.get(sampling.adapter))
-        events = self._run(prompt, replace(sampling, prompt_logprobs=False))
+        adapter = self._adapters.get(sampling.adapter)
+        prompt = await asyncio.to_thread(self._prompt, messages, adapter, tools)
+        reply = Reply(self._template_of(adapter).source, self._tokenizer, prompt, sampling, tools)
+        events = self._run(prompt, reply.sampling, reply=reply)
         try:
             async for event in events:
                 assert not isinstance(event, PromptScores), "not asked for"
-                yield event
+                for part in reply.events(event):
+                    yield part
         finally:
             await events.aclose()
 
@@ -225,17 +247,29 @@ class LocalEngine:
 
     async def _read(self, prompt: list[int], adapter: str | None, observer: Observer) -> None:
         """Show ``observer`` a prompt as the model reads it; nothing is written."""
-        async for _ in self._run(prompt, SamplingParams(max_tokens=0, adapter=adapter), observer):
+        async for _ in self._run(prompt, SamplingParams(max_tokens=0, adapter=adapter), observer=observer):
             pass
 
     async def _run(
-        self, prompt: list[int], sampling: SamplingParams, observer: Observer | None = None
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        observer: Observer | None = None,
+        reply: Reply | None = None,
     ) -> AsyncGenerator[PromptScores | Event, None]:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
-        if self._unfinished >= MAX_UNFINISHED:
-            raise EngineOverloadedError(f"{MAX_UNFINISHED} requests are being answered already; try again later.")
+        vocabulary = self._model.config.vocabulary_size
+        if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
+            raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
+        constraint = None
+        if sampling.grammar is not None and not self._closing:
+            constraint = await self._grammars.matcher(sampling.grammar, reply.thinking if reply else None)
+        most = self._options.max_unfinished
+        if self._unfinished >= most:
+            raise EngineOverloadedError(f"{most} requests are being answered or wait already; try again later.")
         if self._closing or not self._thread.is_alive():
             raise EngineFailedError("The engine has stopped.")
         adapter = self._adapters.get(sampling.adapter)
@@ -252,8 +286,9 @@ class LocalEngine:
             sampling,
             room=room,
             end_tokens=self._end_tokens if adapter is None else adapter.end_tokens,
-            stream=self._tokenizer.stream(),
+            stream=self._tokenizer.stream(reply.shown if reply else None),
             emit=emit,
+            constraint=constraint,
             adapter=adapter,
             observer=observer,
         )
@@ -271,14 +306,17 @@ class LocalEngine:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
 
-    def _prompt(self, messages: list[Message], adapter: Adapter | None = None) -> list[int]:
+    def _template_of(self, adapter: Adapter | None) -> ChatTemplate:
+        return self._template if adapter is None else adapter.template or self._template
+
+    def _prompt(self, messages: list[Message], adapter: Adapter | None = None, tools: Tools | None = None) -> list[int]:
         """The conversation's tokens. Raises :class:`ContextLengthError` at once for what cannot fit in any way.
 
         Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
         """
-        self._refuse_megabytes(_characters(messages))
-        template = self._template if adapter is None else adapter.template or self._template
-        return template.prompt(messages)
+        shown = tools_for_template(tools) if tools else None
+        self._refuse_megabytes(_characters([messages, shown]))
+        return self._template_of(adapter).prompt(messages, tools=shown)
 
     def _refuse_megabytes(self, characters: int) -> None:
         least = characters // self._tokenizer.longest_token_characters
@@ -288,6 +326,7 @@ class LocalEngine:
     async def close(self) -> None:
         """Stop all requests and the thread."""
         self._closing = True
+        self._grammars.close()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
 
@@ -295,10 +334,12 @@ class LocalEngine:
         """The thread: take in requests, step while there is work, sleep while there is none."""
         batcher = Batcher(
             self._model,
-            max_running=MAX_RUNNING,
-            max_cached_tokens=cached_tokens_that_fit(self._model),
-            prefill_chunk=PREFILL_CHUNK,
             adapters=self._adapters,
+            max_running=self._options.max_running,
+            max_cached_tokens=self._cached_tokens,
+            prefill_chunk=self._options.prefill_chunk,
+            pace=Pace(self._options.prefill_chunk),
+            prefix_cache=self._options.prefix_cache,
         )
         while True:
             try:

@@ -118,7 +118,7 @@ class LabelScorer:
         if behind:
             del self._paths[0]
         # Also at the end: nothing but the prompt is left behind.
-        cache.rewind(self._prompt_tokens)
+        cache.truncate(self._prompt_tokens)
         return list(self._paths[0]) if self._paths else []
 
     def logprobs(self) -> list[float]:

@@ -21,7 +21,8 @@ import structlog
 from gale.core.errors import GaleError
 from gale.core.model_folder import model_name
 from gale.core.settings import settings
-from gale.engine.local import MAX_RUNNING, MAX_UNFINISHED, LocalEngine
+from gale.engine.local import LocalEngine
+from gale.engine.options import EngineOptions
 from gale.engine.prompts import Prompts
 from gale.engine.request import (
     EngineFailedError,
@@ -31,6 +32,7 @@ from gale.engine.request import (
     PromptScores,
     SamplingParams,
     TextDelta,
+    Tools,
 )
 from gale.model.checkpoint import load_tokenizer
 from gale.model.config import ModelConfig
@@ -47,12 +49,14 @@ log = structlog.get_logger()
 class Replica:
     """One copy of the model, in an actor of Ray Serve's."""
 
-    def __init__(self, folder: str, weights: Weights) -> None:
-        self._engine = LocalEngine.load(Path(folder), weights=weights)
+    def __init__(self, folder: str, options: EngineOptions, weights: Weights) -> None:
+        self._engine = LocalEngine.load(Path(folder), options, weights=weights)
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event | GaleError, None]:
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None
+    ) -> AsyncGenerator[Event | GaleError, None]:
         """As the engine's, with its errors as last events: Ray would wrap them beyond recognition."""
-        events = self._engine.chat(messages, sampling)
+        events = self._engine.chat(messages, sampling, tools)
         try:
             async for event in events:
                 yield event
@@ -94,6 +98,7 @@ class ReplicaEngine:
         *,
         name: str,
         replicas: int,
+        options: EngineOptions | None = None,
         weights: Weights = "bf16",
         cpus: float = 1.0,
         gpus: float = 0.0,
@@ -113,14 +118,15 @@ class ReplicaEngine:
                 "Ray Serve is not installed.", hint="Install it with: pip install 'gale-llm[ray]'"
             ) from error
 
+        options = options or EngineOptions()
         config = ModelConfig.load(folder)
         prompts = Prompts(load_tokenizer(folder, config), config)
         _require(ray.cluster_resources(), {"CPU": cpus * replicas, "GPU": gpus * replicas})
         deployment = serve.deployment(
             num_replicas=replicas,
             # So many as run at once; the others wait here and not in a replica that may die or be slower than another.
-            max_ongoing_requests=MAX_RUNNING,
-            max_queued_requests=MAX_UNFINISHED,
+            max_ongoing_requests=options.max_running,
+            max_queued_requests=options.max_unfinished,
             health_check_period_s=_HEALTH_PERIOD_S,
             max_constructor_retry_count=1,
             graceful_shutdown_wait_loop_s=0.1,
@@ -132,14 +138,13 @@ class ReplicaEngine:
                 "runtime_env": {"env_vars": {"GALE_THREADS": str(max(1, int(cpus)))}},
             },
         )(Replica)
-        serve.start(
-            proxy_location="Disabled", logging_config={"log_level": "WARNING"}
-        )  # Gale's own server is the front
+        # Without Serve's HTTP server: Gale's own is the front.
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if name in serve.status().applications:
             serve.delete(name)
         try:
-            handle = serve.run(deployment.bind(str(folder.resolve()), weights), name=name, route_prefix=None)
+            handle = serve.run(deployment.bind(str(folder.resolve()), options, weights), name=name, route_prefix=None)
         except BaseException as error:  # interrupted by the one who waited among them
             application = serve.status().applications.get(name)
             told = [each.message for each in application.deployments.values()] if application else []
@@ -189,14 +194,16 @@ class ReplicaEngine:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._prompts.token_bytes(token, control_tokens=control_tokens)
 
-    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        return self._answer(self._handle.chat, messages, sampling)
+        return self._answer(self._handle.chat, sampling, messages, tools=tools)
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
         self._prompts.check(prompt)
-        return self._answer(self._handle.complete, prompt, sampling)
+        return self._answer(self._handle.complete, sampling, prompt)
 
     async def close(self) -> None:
         """Stop the replicas, and with them all requests."""
@@ -204,7 +211,9 @@ class ReplicaEngine:
 
         await asyncio.to_thread(serve.delete, self._name)
 
-    async def _answer(self, method: Any, asked: Any, sampling: SamplingParams) -> AsyncGenerator[Any, None]:
+    async def _answer(
+        self, method: Any, sampling: SamplingParams, asked: Any, **more: Any
+    ) -> AsyncGenerator[Any, None]:
         """The events of one request, from as many replicas as it takes."""
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError
@@ -213,7 +222,7 @@ class ReplicaEngine:
             sampling = replace(sampling, seed=secrets.randbits(63))
         said: list[PromptScores | Event] = []
         for _ in range(1 + MOST_LOST):
-            response = method.remote(asked, sampling)
+            response = method.remote(asked, sampling, **more)
             place = 0
             try:
                 while True:
@@ -237,7 +246,7 @@ class ReplicaEngine:
                 raise EngineFailedError("The replicas have been silent for too long.") from error
             except BackPressureError as error:
                 raise EngineOverloadedError(
-                    f"{MAX_UNFINISHED} requests are waiting for a replica already; try again later."
+                    "Too many requests are waiting for a replica already; try again later."
                 ) from error
             except RayTaskError as error:
                 log.exception("replica_failed", error=str(error))

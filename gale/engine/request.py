@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -47,6 +47,18 @@ class UnknownAdapterError(GaleError):
         super().__init__(f"There is no adapter `{name[:200]}`.")
 
 
+class GrammarError(GaleError):
+    """A grammar that is malformed, too costly, or allows no answer; the request is at fault."""
+
+
+class SamplingError(GaleError):
+    """A parameter that this model cannot honour; ``param`` is its name."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class EngineOverloadedError(GaleError):
     """The queue is full; trying again later may work."""
 
@@ -56,19 +68,44 @@ class EngineFailedError(GaleError):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, whole and from its first character on.
+
+    ``value`` is a JSON Schema (as JSON text), a regular expression (in the syntax of Rust's ``regex``, matched whole)
+    or a Lark grammar (in llguidance's dialect); for "choice" the options, one of which is the answer; for "spans" the
+    passages, of one of which the answer is a piece, word for word and made of whole words, ``least`` characters long
+    or longer.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "choice", "spans"]
+    value: str | tuple[str, ...]
+    least: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
-    ``max_tokens`` None means "as many as the context leaves". ``temperature`` 0 is greedy decoding. ``top_p``
-    keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020). A ``seed`` makes the
-    answer reproducible regardless of what else runs in the batch. ``stop`` strings end the answer and are
-    never part of it.
+    ``max_tokens`` None means "as many as the context leaves". ``temperature`` 0 is greedy decoding. A ``seed`` makes
+    the answer reproducible regardless of what else runs in the batch. ``stop`` strings and ``stop_token_ids`` end the
+    answer and are never part of its text.
+
+    ``top_k`` keeps so many likeliest tokens (0: all), ``top_p`` of those the smallest set whose share reaches it
+    (Holtzman et al. 2020), ``min_p`` what is at least that fraction as likely as the likeliest (Nguyen et al. 2024).
+    Before all that the scores are changed as :mod:`gale.engine.penalties` says: ``logit_bias`` holds (token, what is
+    added) once a token, ``repetition_penalty`` divides, ``frequency_penalty`` and ``presence_penalty`` are taken off.
 
     ``logprobs`` N asks for each token's log-probability and for the N likeliest tokens beside it (0 for none);
     ``prompt_logprobs`` asks the same of the prompt's tokens, for :meth:`Engine.complete` only. They are the model's
     own, whatever temperature and top-p do.
 
+    A lower ``priority`` is served first, and takes memory from a higher one where there is too little.
+
     ``adapter`` names the adapter over the model that is to answer.
+
+    A ``grammar`` leaves only tokens that it allows, and ends the answer (with reason "stop") where it allows no more.
+    A model whose template has it think first does so freely. An answer cut by its length is the beginning of one that
+    the grammar allows.
     """
 
     max_tokens: int | None = None
@@ -76,17 +113,50 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
     adapter: str | None = None
+    priority: int = 0
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The functions that an answer may call, each as OpenAI describes one: ``name``, and ``description``,
+    ``parameters`` (a JSON Schema) and ``strict`` where given.
+
+    With ``required`` it must call at least one, held to the schemas by a grammar; ``strict`` holds every call of that
+    function so, required or not. ``only`` names those that may be called, if not all. Without ``parallel`` there is at
+    most one call.
+    """
+
+    functions: tuple[dict[str, Any], ...]
+    required: bool = False
+    only: frozenset[str] | None = None
+    parallel: bool = True
+
+    @property
+    def callable(self) -> list[dict[str, Any]]:
+        """Those that may be called."""
+        return [function for function in self.functions if self.only is None or function["name"] in self.only]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request."""
+    """Token counts of one request. ``cached_tokens`` of the prompt had been read before; they say nothing about the
+    answer, so two counts are equal without them.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +179,27 @@ class PromptScores:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of a call of a tool. The first of a call has its ``id`` and the function's ``name``, the later ones neither;
+    the ``arguments`` of all together are the text of a JSON object, or the beginning of one in an answer cut short.
+
+    ``index`` counts the calls of an answer.
+    """
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """More text of the answer: whole characters only, stop strings held back.
 
@@ -128,7 +219,7 @@ class Finished:
     usage: Usage
 
 
-Event = TextDelta | Finished
+Event = TextDelta | ReasoningDelta | ToolCallDelta | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +269,15 @@ class Engine(Protocol):
         Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
         """
 
-    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
-        """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
+    def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Answer a conversation: any number of deltas, then one :class:`Finished`.
 
         Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
-        step. Raises :class:`ContextLengthError`, :class:`UnknownAdapterError` or :class:`EngineOverloadedError`
-        before the first event and :class:`EngineFailedError` at any time.
+        step. Raises :class:`ContextLengthError`, :class:`UnknownAdapterError`, :class:`EngineOverloadedError` or
+        :class:`GrammarError` (also where the model's template has no tools) before the first event, and
+        :class:`EngineFailedError` at any time.
         """
 
     def encode(self, text: str) -> list[int]:

@@ -1,15 +1,21 @@
 """Choosing the next token from its scores, for many answers at once.
 
-Every request has a random generator of its own, so its answer does not depend on what else is in the batch.
+Every request has a random generator of its own, so its answer does not depend on what else is in the batch. Scores
+are changed (:mod:`gale.engine.penalties`), masked by a constraint, divided by the temperature, and then top-k, top-p
+and min-p leave out what is unlikely, in the order of Hugging Face transformers.
 
 Shape suffixes: S answers, V vocabulary, P the tokens that may still be chosen, R those that are looked at together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from gale.engine.penalties import Penalties
 from gale.engine.request import SamplingParams
 
 # Enough for top-p in nearly every case; sorting a whole vocabulary for each token would cost milliseconds.
@@ -20,11 +26,29 @@ _SCORES_AT_ONCE = 2**21
 _LEAST_TEMPERATURE = 1e-30
 
 
+class Constraint(Protocol):
+    """What an answer may say, token by token."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more may follow."""
+
+    def mask(self, logits_V: Tensor) -> None:
+        """Set the scores of all tokens that may not come next to minus infinity, in place."""
+
+    def commit(self, token: int) -> None:
+        """Take note that ``token`` came next."""
+
+
 class Sampler:
     """What choosing the tokens of one answer needs to know and to remember."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int] = (), constraint: Constraint | None = None
+    ) -> None:
         self.params = params
+        self.constraint = constraint
+        self._penalties = Penalties(params, prompt) if Penalties.wanted(params) else None
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -34,6 +58,30 @@ class Sampler:
     def draw(self) -> float:
         """The answer's next random number, in [0, 1)."""
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+    @property
+    def edits(self) -> bool:
+        """Whether :meth:`edit` does anything."""
+        return self._penalties is not None or self.constraint is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether a constraint allows nothing more."""
+        return self.constraint is not None and self.constraint.complete
+
+    def edit(self, logits_V: Tensor) -> None:
+        """Change the scores of the next token, in place, as parameters and constraint ask for."""
+        if self._penalties is not None:
+            self._penalties.apply(logits_V)
+        if self.constraint is not None:
+            self.constraint.mask(logits_V)
+
+    def commit(self, token: int) -> None:
+        """Take note of the token that was chosen."""
+        if self._penalties is not None:
+            self._penalties.note(token)
+        if self.constraint is not None:
+            self.constraint.commit(token)
 
 
 def choose(samplers: list[Sampler], logits_SV: Tensor) -> list[int]:
@@ -46,10 +94,15 @@ def choose(samplers: list[Sampler], logits_SV: Tensor) -> list[int]:
 
 
 def _choose(samplers: list[Sampler], logits_RV: Tensor) -> list[int]:
+    edited = [row for row, sampler in enumerate(samplers) if sampler.edits]
+    if edited:
+        logits_RV = logits_RV.clone()  # whoever asks for log-probabilities wants the model's own
+        for row in edited:
+            samplers[row].edit(logits_RV[row])
     tokens_R = logits_RV.argmax(-1)
     params = [sampler.params for sampler in samplers]
-    for by_nucleus in (False, True):
-        rows = [row for row, p in enumerate(params) if p.temperature > 0 and (p.top_p < 1) == by_nucleus]
+    for filtered in (False, True):
+        rows = [row for row, p in enumerate(params) if p.temperature > 0 and _filters(p) == filtered]
         if not rows:
             continue
         scores_RV = logits_RV if len(rows) == len(params) else logits_RV[rows]
@@ -58,13 +111,16 @@ def _choose(samplers: list[Sampler], logits_RV: Tensor) -> list[int]:
         scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
         probabilities_RV = torch.softmax(scores_RV, dim=-1)
         drawn_R = torch.tensor([samplers[row].draw() for row in rows], dtype=torch.float64)
-        if by_nucleus:
-            top_p_R = torch.tensor([float(params[row].top_p) for row in rows])
-            tokens_R[rows] = _draw_from_nucleus(probabilities_RV, top_p_R, drawn_R)
+        if filtered:
+            tokens_R[rows] = _draw_likely(probabilities_RV, [params[row] for row in rows], drawn_R)
         else:
             tokens_R[rows] = _draw(probabilities_RV, drawn_R)
     tokens: list[int] = tokens_R.tolist()
     return tokens
+
+
+def _filters(params: SamplingParams) -> bool:
+    return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
 
 
 def _draw(weights_RP: Tensor, drawn_R: Tensor) -> Tensor:
@@ -75,17 +131,30 @@ def _draw(weights_RP: Tensor, drawn_R: Tensor) -> Tensor:
     return place_R.clamp_(max=weights_RP.shape[1] - 1)
 
 
-def _draw_from_nucleus(probabilities_RV: Tensor, top_p_R: Tensor, drawn_R: Tensor) -> Tensor:
-    """As :func:`_draw`, among the likeliest tokens that together reach top-p (Holtzman et al. 2020), at least one."""
-    best_RP, ids_RP = probabilities_RV.topk(min(_SHORT_LIST, probabilities_RV.shape[1]))
-    long = best_RP.sum(-1) < top_p_R
-    chosen_R = torch.empty(len(top_p_R), dtype=torch.int64)
+def _draw_likely(probabilities_RV: Tensor, params: list[SamplingParams], drawn_R: Tensor) -> Tensor:
+    """As :func:`_draw`, among the tokens that top-k, top-p and min-p leave, the likeliest in any case."""
+    vocabulary = probabilities_RV.shape[1]
+    top_k_R = torch.tensor([p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params])
+    top_p_R = torch.tensor([float(p.top_p) if p.top_p < 1 else torch.inf for p in params])
+    min_p_R = torch.tensor([float(p.min_p) for p in params])
+    best_RP, ids_RP = probabilities_RV.topk(min(_SHORT_LIST, vocabulary))
+    # The whole vocabulary is looked at where what is left out may begin beyond the short list.
+    tail_R = (best_RP.sum(-1) < top_p_R) & (best_RP[:, -1] >= min_p_R * best_RP[:, 0])
+    long = (top_k_R > best_RP.shape[1]) & ((top_k_R < vocabulary) | tail_R)
+    chosen_R = torch.empty(len(params), dtype=torch.int64)
     for rows, (weights_RP, tokens_RP) in (
         (~long, (best_RP[~long], ids_RP[~long])),
         (long, probabilities_RV[long].sort(descending=True)),
     ):
+        places = weights_RP.shape[1]
+        cumulative_RP = weights_RP.cumsum(-1)
+        # Top-p is a share of what top-k has left.
+        left_R = cumulative_RP.gather(1, top_k_R[rows, None].clamp(max=places) - 1)[:, 0]
+        left_R = torch.where(top_k_R[rows] < vocabulary, left_R, 1.0)
         # A token is kept while those before it have not reached top_p yet.
-        kept_RP = weights_RP.cumsum(-1) - weights_RP < top_p_R[rows, None]
+        kept_RP = cumulative_RP - weights_RP < (top_p_R[rows] * left_R)[:, None]
+        kept_RP &= torch.arange(places) < top_k_R[rows, None]
+        kept_RP &= weights_RP >= min_p_R[rows, None] * weights_RP[:, :1]
         kept_RP[:, 0] = True
         # What is left out weighs nothing and stands last, so no number falls on it.
         place_R = _draw(weights_RP * kept_RP, drawn_R[rows]).minimum(kept_RP.sum(-1) - 1)

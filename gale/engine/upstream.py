@@ -28,6 +28,7 @@ from gale.engine.request import (
     PromptScores,
     SamplingParams,
     TextDelta,
+    Tools,
     Usage,
 )
 from gale.engine.stop import StopScanner
@@ -175,8 +176,12 @@ class UpstreamEngine:
             self._learn({token: _text_of(self._ask("POST", f"{self._root}/detokenize", self._one(token)))})
         return self._bytes[token]
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
-        """See :meth:`gale.engine.request.Engine.chat`."""
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """See :meth:`gale.engine.request.Engine.chat`. Tools are refused: they are not passed on yet."""
+        if tools is not None:
+            raise UpstreamRefusedError("Tools cannot be passed on to an upstream.")
         body, optional = sampling_body(sampling, self._owner)
         if sampling.max_tokens is not None:
             body["max_tokens"] = min(sampling.max_tokens, self._context_length)

@@ -10,15 +10,29 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gale.engine.request import Engine, EngineFailedError, Finished, SamplingParams, TextDelta, Usage
+from gale.engine.request import (
+    Engine,
+    EngineFailedError,
+    Event,
+    Finished,
+    GrammarError,
+    SamplingParams,
+    TextDelta,
+    TokenScore,
+    ToolCallDelta,
+    Usage,
+)
+from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
+from gale.server.errors import ApiError
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
-from gale.server.openai_request import to_engine
+from gale.server.openai_answer import Answer, delta_object, finish_reason
+from gale.server.openai_logprobs import chat_logprobs
+from gale.server.openai_request import Asked, to_engine
 from gale.server.openai_schema import ChatRequest
 from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
-from gale.text.template import Message
 
 
 def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRouter:
@@ -28,69 +42,102 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=request_schema(ChatRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, ChatRequest)
-        messages, sampling = to_engine(body, engine)
+        asked = to_engine(body, engine)
         if body.stream:
-            chunks = _stream(engine, messages, sampling, include_usage=body.include_usage)
+            chunks = _stream(engine, asked, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
-        work = _whole(engine, messages, sampling)
+        work = _whole(engine, asked)
         return JSONResponse(await while_wanted(request.receive, lifecycle, work))
 
     return router
 
 
-async def _whole(engine: Engine, messages: list[Message], sampling: SamplingParams) -> dict[str, Any]:
-    head = _head(engine, sampling, "chat.completion")
-    text: list[str] = []
-    events = engine.chat(messages, sampling)
+async def _whole(engine: Engine, asked: Asked) -> dict[str, Any]:
+    head = _head(engine, asked.each[0], "chat.completion")
+    answers = [Answer() for _ in asked.each]
+    ends: dict[int, Finished] = {}
+    events = _answers(engine, asked)
     try:
-        async for event in events:
-            if isinstance(event, TextDelta):
-                text.append(event.text)
-                continue
-            message = {"role": "assistant", "content": "".join(text), "refusal": None}
-            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(event)}
-            return {**head, "choices": [choice], "usage": usage_object(event.usage)}
+        async for index, event in events:
+            if isinstance(event, Finished):
+                ends[index] = event
+            else:
+                answers[index].add(event)
     finally:
         await events.aclose()
-    raise EngineFailedError("The model's answer ended without an end.")
+    choices = [
+        {
+            "index": index,
+            "message": answer.message(),
+            "logprobs": _logprobs(engine, sampling, answer.scores),
+            "finish_reason": answer.finish_reason(ends[index]),
+        }
+        for index, (answer, sampling) in enumerate(zip(answers, asked.each, strict=True))
+    ]
+    return {**head, "choices": choices, "usage": _usage(ends)}
 
 
-async def _stream(
-    engine: Engine, messages: list[Message], sampling: SamplingParams, *, include_usage: bool
-) -> AsyncGenerator[ServerSentEvent, None]:
+async def _stream(engine: Engine, asked: Asked, *, include_usage: bool) -> AsyncGenerator[ServerSentEvent, None]:
     """Chunks in the order that OpenAI's clients rely on.
 
-    First the role alone, then text, then an empty delta with the reason, then (if asked for) the usage without
-    choices, then ``[DONE]``. ``id``, ``created`` and ``model`` are the same in all.
+    First the role alone for each choice in order, then text, then an empty delta with the reason, then (if asked for)
+    the usage without choices, then ``[DONE]``. ``id``, ``created`` and ``model`` are the same in all.
     """
-    head = _head(engine, sampling, "chat.completion.chunk")
+    head = _head(engine, asked.each[0], "chat.completion.chunk")
     if include_usage:
         head["usage"] = None
 
-    def chunk(delta: dict[str, str], reason: str | None = None) -> ServerSentEvent:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> ServerSentEvent:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return ServerSentEvent(to_json({**head, "choices": [choice]}))
 
-    events = engine.chat(messages, sampling)
+    called: set[int] = set()
+    ends: dict[int, Finished] = {}
+    events = _answers(engine, asked)
     begun = False
     try:
-        async for event in events:
+        async for index, event in events:
             if not begun:
                 # Only now: what the engine refuses before its first event is still an ordinary HTTP error.
-                yield chunk({"role": "assistant", "content": ""})
+                for place in range(len(asked.each)):
+                    yield chunk(place, {"role": "assistant", "content": ""})
                 begun = True
-            if isinstance(event, TextDelta):
-                if event.text:
-                    yield chunk({"content": event.text})
+            if isinstance(event, Finished):
+                ends[index] = event
+                yield chunk(index, {}, finish_reason(event, called=index in called))
                 continue
-            yield chunk({}, finish_reason(event))
-            if include_usage:
-                yield ServerSentEvent(to_json({**head, "choices": [], "usage": usage_object(event.usage)}))
-            yield ServerSentEvent("[DONE]")
-            return
+            if isinstance(event, ToolCallDelta):
+                called.add(index)
+            scores = [event.score] if isinstance(event, TextDelta) and event.score else []
+            yield chunk(index, delta_object(event), logprobs=_logprobs(engine, asked.each[index], scores))
+    finally:
+        await events.aclose()
+    if include_usage:
+        yield ServerSentEvent(to_json({**head, "choices": [], "usage": _usage(ends)}))
+    yield ServerSentEvent("[DONE]")
+
+
+def _answers(engine: Engine, asked: Asked) -> AsyncGenerator[tuple[int, Event], None]:
+    """The events of all choices. The engine reads the prompt that they share once, where it can."""
+    return merged(_answer(engine, asked, sampling) for sampling in asked.each)
+
+
+async def _answer(engine: Engine, asked: Asked, sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    events = engine.chat(asked.messages, sampling, asked.tools)
+    try:
+        async for event in events:
+            yield event
+            if isinstance(event, Finished):
+                return
+    except GrammarError as error:
+        raise ApiError(400, error.message, code="invalid_value", param=asked.grammar_field) from error
     finally:
         await events.aclose()
     raise EngineFailedError("The model's answer ended without an end.")
+
+
+def _logprobs(engine: Engine, sampling: SamplingParams, scores: list[TokenScore]) -> dict[str, Any] | None:
+    return None if sampling.logprobs is None else chat_logprobs(engine, scores)
 
 
 def _head(engine: Engine, sampling: SamplingParams, kind: str) -> dict[str, Any]:
@@ -102,18 +149,18 @@ def _head(engine: Engine, sampling: SamplingParams, kind: str) -> dict[str, Any]
     }
 
 
-def finish_reason(finished: Finished) -> str:
-    """How an answer ended, in OpenAI's words. Raises :class:`EngineFailedError` where it has none."""
-    if finished.reason == "cancelled":
-        # OpenAI has no such reason, and "stop" would pass off half an answer as a whole one.
-        raise EngineFailedError("The answer was cancelled before its end.")
-    return finished.reason
+def _usage(ends: dict[int, Finished]) -> dict[str, Any]:
+    """Counts of all choices; the prompt that they share counts once."""
+    return usage_object([ends[index].usage for index in sorted(ends)], copies=len(ends))
 
 
-def usage_object(usage: Usage) -> dict[str, int]:
-    """Token counts as OpenAI names them."""
+def usage_object(counts: list[Usage], copies: int) -> dict[str, Any]:
+    """Token counts of choices as OpenAI names them, ``copies`` for each prompt, which counts once."""
+    prompt = sum(usage.prompt_tokens for usage in counts[::copies])
+    completion = sum(usage.completion_tokens for usage in counts)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in counts[::copies])},
     }

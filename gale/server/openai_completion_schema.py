@@ -6,17 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from gale.server.openai_schema import (
-    INT64,
-    Probability,
-    Seed,
-    StopString,
-    StreamOptions,
-    Temperature,
-    stop_list,
-)
+from gale.server.field_checks import INT64, stop_list
+from gale.server.openai_sampling import SamplingFields
+from gale.server.openai_schema import StopString, StreamOptions
 
 # Choices of one request, all prompts together. Evaluation harnesses send batches of prompts.
 MOST_CHOICES = 256
@@ -53,20 +47,14 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < INT64
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(SamplingFields):
     """The request, checked field by field; what concerns several fields or the model follows in openai_completions."""
-
-    # Unknown fields are kept to be looked through.
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str
     prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list(MOST_CHOICES))]
     max_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
-    temperature: Temperature | None = None
-    top_p: Probability | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: Seed | None = None
-    stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(max_length=MOST_STOPS)] = []
+    stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(default=[], max_length=MOST_STOPS)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     # vLLM's: tokens in logprobs stand as "token_id:N", for callers that need ids

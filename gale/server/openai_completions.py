@@ -27,32 +27,26 @@ from gale.engine.request import (
     TextDelta,
     Usage,
 )
-from gale.server.disconnect import cancel, while_wanted
-from gale.server.errors import ApiError
+from gale.server.choices import merged
+from gale.server.disconnect import while_wanted
+from gale.server.errors import ApiError, invalid
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
-from gale.server.openai_chat import finish_reason, usage_object
+from gale.server.openai_answer import finish_reason
+from gale.server.openai_chat import usage_object
 from gale.server.openai_completion_schema import MOST_CHOICES, CompletionRequest
-from gale.server.openai_logprobs import LogprobLists
+from gale.server.openai_logprobs import MOST_SCORES, LogprobLists
 from gale.server.openai_models import require_model
-from gale.server.openai_request import invalid, refuse_unsupported
+from gale.server.openai_request import refuse_unsupported
+from gale.server.openai_sampling import seed_of
 from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
 from gale.server.tokenize import text_of
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-# Choices of one request that the engine has at once, so that one client's batch leaves places for others.
-_AT_ONCE = 16
-# Scores of one request, each a token with its log-probability: all are held until the answer is sent, at about 100
-# bytes each, and a small request can ask for very many.
-_MOST_SCORES = 2**21
-
 # Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "frequency_penalty": (0, 0.0),
-    "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
@@ -121,12 +115,9 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if limit > engine.context_length:
         raise invalid("max_tokens", f"this model writes at most {engine.context_length} tokens")
-    sampling = SamplingParams(
+    sampling = body.sampling(
+        stop=body.stop,
         max_tokens=limit,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed,
-        stop=tuple(body.stop),
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         adapter=adapter,
@@ -139,22 +130,20 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
         ids = _encode(engine, prompt, param) if isinstance(prompt, str) else prompt
         _check_length(engine, ids, limit, param)
         scored += copies * (len(ids) * sampling.prompt_logprobs + limit) * (1 + (body.logprobs or 0))
-        if body.logprobs is not None and scored > _MOST_SCORES:
-            raise invalid("logprobs", f"this asks for more than {_MOST_SCORES:,} scores; send fewer prompts at once")
+        if body.logprobs is not None and scored > MOST_SCORES:
+            raise invalid("logprobs", f"this asks for more than {MOST_SCORES:,} scores; send fewer prompts at once")
         text = prompt if isinstance(prompt, str) else text_of(engine, ids) if body.echo else ""
         for copy in range(copies):
-            # Copies with one seed would all be alike.
-            seed = None if body.seed is None else body.seed + copy
-            own = replace(sampling, seed=seed)
+            own = replace(sampling, seed=seed_of(body.seed, copy))
             jobs.append(_Job(len(jobs), param, ids, text if body.echo else None, own, as_ids))
     return jobs
 
 
 async def _whole(engine: Engine, jobs: list[_Job], head: dict[str, Any], *, copies: int) -> dict[str, Any]:
     choices = [_Piece(job.index, "") for job in jobs]
-    pieces = _all_pieces(engine, jobs)
+    pieces = merged(_pieces(engine, job) for job in jobs)
     try:
-        async for piece in pieces:
+        async for _, piece in pieces:
             choices[piece.index] = _joined(choices[piece.index], piece)
     finally:
         await pieces.aclose()
@@ -168,9 +157,9 @@ async def _stream(
     if include_usage:
         head = {**head, "usage": None}
     last: list[_Piece] = []
-    pieces = _all_pieces(engine, jobs)
+    pieces = merged(_pieces(engine, job) for job in jobs)
     try:
-        async for piece in pieces:
+        async for _, piece in pieces:
             if piece.usage is not None:
                 last.append(piece)
             yield ServerSentEvent(to_json({**head, "choices": [piece.choice]}))
@@ -180,35 +169,6 @@ async def _stream(
         last.sort(key=lambda piece: piece.index)
         yield ServerSentEvent(to_json({**head, "choices": [], "usage": _usage(last, copies)}))
     yield ServerSentEvent("[DONE]")
-
-
-async def _all_pieces(engine: Engine, jobs: list[_Job]) -> AsyncGenerator[_Piece, None]:
-    """The pieces of all choices as they come, those of each choice in order. The first failure ends all."""
-    ready: asyncio.Queue[_Piece | Exception] = asyncio.Queue(maxsize=_AT_ONCE)
-    places = asyncio.Semaphore(_AT_ONCE)
-
-    async def run(job: _Job) -> None:
-        pieces = _pieces(engine, job)
-        try:
-            async with places:
-                async for piece in pieces:
-                    await ready.put(piece)
-        except Exception as error:
-            await ready.put(error)
-        finally:
-            await pieces.aclose()
-
-    running = [asyncio.create_task(run(job)) for job in jobs]
-    unfinished = len(jobs)
-    try:
-        while unfinished:
-            item = await ready.get()
-            if isinstance(item, Exception):
-                raise item
-            unfinished -= item.reason is not None
-            yield item
-    finally:
-        await cancel(*running)
 
 
 async def _pieces(engine: Engine, job: _Job) -> AsyncGenerator[_Piece, None]:
@@ -272,8 +232,5 @@ def _too_long(error: ContextLengthError, param: str) -> ApiError:
     )
 
 
-def _usage(choices: list[_Piece], copies: int) -> dict[str, int]:
-    """Counts of all choices; each prompt counts once, however many choices it has."""
-    counts = [choice.usage for choice in choices if choice.usage is not None]
-    prompt = sum(usage.prompt_tokens for usage in counts[::copies])
-    return usage_object(Usage(prompt, sum(usage.completion_tokens for usage in counts)))
+def _usage(choices: list[_Piece], copies: int) -> dict[str, Any]:
+    return usage_object([choice.usage for choice in choices if choice.usage is not None], copies)

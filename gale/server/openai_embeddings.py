@@ -13,13 +13,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gale.engine.request import ContextLengthError, Embeddings, Pooling, PromptError, Reader
 from gale.server.disconnect import while_wanted
-from gale.server.errors import ApiError, too_long
+from gale.server.errors import ApiError, invalid, too_long
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_completion_schema import prompt_list
 from gale.server.openai_models import require_model
-from gale.server.openai_request import invalid
 
 # OpenAI's limits.
 MOST_INPUTS = 2048

@@ -5,35 +5,22 @@ Types are strict (``"max_tokens": true`` is no number) and every optional field 
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
+
+from gale.server.field_checks import INT64, Body, at_most, stop_list
+from gale.server.openai_sampling import SamplingFields
+from gale.server.openai_tools import ToolFields
 
 MOST_MESSAGES = 2048
 MOST_STOPS = 4
+MOST_CHOICES = 128
+MOST_TOP_LOGPROBS = 20
 MOST_TOOL_CALLS = 128
 MOST_METADATA = 16
 MOST_STOP_CHARACTERS = 256
-INT64 = 2**63
-
-
-class Body(BaseModel):
-    """Base of what stands inside a body: strict, other fields are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-def _at_most(count: int) -> BeforeValidator:
-    """Refuses longer lists and objects before looking into them: describing each wrong item would cost seconds."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > count:
-            raise ValueError(f"must have at most {count} items")
-        return value
-
-    return BeforeValidator(check)
 
 
 def _text_of(content: Any) -> Any:
@@ -58,22 +45,8 @@ def _problem(path: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("content_part", "{message}", {"path": path, "message": message})
 
 
-def stop_list(stop: Any) -> Any:
-    """One stop string, or null for none, as a list."""
-    return [] if stop is None else [stop] if isinstance(stop, str) else stop
-
-
-def _positive_zero(value: float | None) -> float | None:
-    if value is not None and math.copysign(1, value) < 0:
-        raise ValueError("must not be negative")
-    return value
-
-
 Content = Annotated[str, BeforeValidator(_text_of)]
 StopString = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
-Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(_positive_zero)]
-Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
 TokenCount = Annotated[int, Field(ge=1, lt=INT64)]
 
 
@@ -97,8 +70,9 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    tool_calls: Annotated[list[ToolCall] | None, _at_most(MOST_TOOL_CALLS)] = None
+    tool_calls: Annotated[list[ToolCall] | None, at_most(MOST_TOOL_CALLS)] = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class StreamOptions(Body):
@@ -107,11 +81,8 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(SamplingFields, ToolFields):
     """The request, checked field by field; what concerns several fields or the model follows in openai_request."""
-
-    # Unknown fields are kept for openai_request to look through.
-    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -119,15 +90,14 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
-    temperature: Temperature | None = None
-    top_p: Probability | None = None
-    seed: Seed | None = None
-    stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(max_length=MOST_STOPS)] = []
-    # Accepted and without effect here: they concern the vendor's accounts, or tools, of which there are none.
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(default=[], max_length=MOST_STOPS)]
+    # Accepted and without effect here: they concern the vendor's accounts.
     user: str | None = None
-    metadata: Annotated[dict[str, str] | None, _at_most(MOST_METADATA)] = None
+    metadata: Annotated[dict[str, str] | None, at_most(MOST_METADATA)] = None
     store: bool | None = None
-    parallel_tool_calls: bool | None = None
 
     @property
     def include_usage(self) -> bool:

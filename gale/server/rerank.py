@@ -15,12 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from gale.assistant.rerank import PROMPT, DocumentLengthError, Method, rerank
 from gale.engine.request import Reader
 from gale.server.disconnect import while_wanted
-from gale.server.errors import too_long
+from gale.server.errors import invalid, too_long
 from gale.server.json_body import read_json, request_schema
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_embeddings import read_usage
 from gale.server.openai_models import require_model
-from gale.server.openai_request import invalid
 
 MOST_DOCUMENTS = 1024
 

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gale.engine.request import Engine
 from gale.server.errors import ApiError
+from gale.server.field_checks import INT64
 from gale.server.json_body import read_json, request_schema
 from gale.server.openai_models import require_model
 from gale.server.openai_request import refuse_unsupported, to_messages
-from gale.server.openai_schema import INT64, MOST_MESSAGES, ChatMessage
+from gale.server.openai_schema import MOST_MESSAGES, ChatMessage
 
 # What vLLM has beside and Gale has not, each with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gale.engine import local
-from gale.engine.batcher import Batcher
+from gale.core.errors import ModelError
 from gale.engine.local import LocalEngine
+from gale.engine.options import EngineOptions
 from gale.engine.request import (
     ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
-    Finished,
+    SamplingError,
     SamplingParams,
     TextDelta,
     TokenScore,
@@ -132,6 +132,40 @@ def test_end_tokens_end_the_answer(make_engine: MakeEngine, model: Decoder, toke
     assert finished.usage.completion_tokens == tokens.index(end) + 1
 
 
+def test_stop_tokens_of_a_request_end_its_answer_without_being_shown(
+    make_engine: MakeEngine, model: Decoder, tokenizer: Tokenizer
+) -> None:
+    tokens = slow_greedy(model, ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt(user(SHORT)), 10)
+    engine = make_engine()
+    whole, _ = asyncio.run(answer(engine, SHORT, temperature=0, max_tokens=10))
+    text, finished = asyncio.run(answer(engine, SHORT, temperature=0, stop_token_ids=(tokens[6], 10**12)))
+    assert (finished.reason, finished.usage.completion_tokens) == ("stop", tokens.index(tokens[6]) + 1)
+    assert whole.startswith(text)
+    assert text != whole
+
+
+def test_penalties_work_on_what_was_said(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def tokens(**sampling: Any) -> list[int]:
+        async def collect() -> list[int]:
+            events = engine.complete([5, 6, 7], SamplingParams(temperature=0, max_tokens=40, logprobs=0, **sampling))
+            return [event.score.token async for event in events if isinstance(event, TextDelta) and event.score]
+
+        return asyncio.run(collect())
+
+    repeated = tokens(logit_bias=((9, 100.0),))
+    assert repeated == [9] * 40
+    assert len(set(tokens(presence_penalty=2.0, logit_bias=((9, 100.0), (11, 99.0))))) == 2
+    assert len(set(tokens(frequency_penalty=2.0, logit_bias=tuple((token, 100.0) for token in range(60))))) >= 30
+
+
+def test_a_bias_for_a_token_that_does_not_exist_is_refused(make_engine: MakeEngine) -> None:
+    for token in (-1, 10**6):
+        with pytest.raises(SamplingError):
+            asyncio.run(answer(make_engine(), SHORT, logit_bias=((token, 1.0),)))
+
+
 def test_without_max_tokens_the_context_is_the_limit(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
     engine = make_engine(make_model(tokenizer, context_length=64))
     _, finished = asyncio.run(answer(engine, SHORT, temperature=0))
@@ -236,34 +270,22 @@ def test_one_broken_answer_does_not_end_the_others(make_engine: MakeEngine, monk
     assert first[1].usage.completion_tokens == third[1].usage.completion_tokens == 8
 
 
-def test_answers_wait_where_their_cache_would_not_fit(model: Decoder, tokenizer: Tokenizer) -> None:
-    """With room for twenty tokens, sequences of at most twelve run one at a time; one of thirty runs alone."""
-    batcher = Batcher(model, max_running=8, max_cached_tokens=20, prefill_chunk=64)
-    events: list[list[Any]] = [[], [], []]
-    for index, most in enumerate((8, 8, 26)):
-        params = SamplingParams(temperature=0, max_tokens=most)
-        batcher.add(
-            Sequence(
-                [20, 21, 22, 23],
-                params,
-                room=600,
-                end_tokens=frozenset(),
-                stream=tokenizer.stream(),
-                emit=events[index].append,
-            )
-        )
-    order = []
-    while not batcher.idle:
-        batcher.step()
-        order += [index for index, given in enumerate(events) if given and index not in order]
-        assert sum(bool(given) and not isinstance(given[-1], Finished) for given in events) <= 1
-    assert order == [0, 1, 2]
-    assert [given[-1].usage.completion_tokens for given in events] == [8, 8, 26]
+def test_what_does_not_fit_into_memory_is_refused_before_anything_is_said(
+    make_engine: MakeEngine, tokenizer: Tokenizer
+) -> None:
+    engine = make_engine(options=EngineOptions(max_cached_tokens=128))
+    assert engine.context_length == 128
+    with pytest.raises(ContextLengthError, match="128 tokens"):
+        asyncio.run(answer(engine, LONG))
+    _, finished = asyncio.run(answer(engine, SHORT, temperature=0, max_tokens=10**9))
+    assert finished.reason == "length"
+    assert finished.usage.prompt_tokens + finished.usage.completion_tokens == 128
+    with pytest.raises(ModelError, match="memory"):
+        make_engine(options=EngineOptions(max_cached_tokens=20))
 
 
-def test_a_full_queue_refuses_at_once(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "MAX_UNFINISHED", 1)
-    engine = make_engine()
+def test_a_full_queue_refuses_at_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(options=EngineOptions(max_unfinished=1))
 
     async def run() -> None:
         first = engine.chat(user(SHORT), SamplingParams(max_tokens=200))

@@ -56,7 +56,7 @@ class Handle:
 
     complete = chat
 
-    def remote(self, asked: Any, sampling: SamplingParams) -> Response:
+    def remote(self, asked: Any, sampling: SamplingParams, **more: Any) -> Response:
         self.sampling.append(sampling)
         return Response(self, self.scripts.pop(0))
 

@@ -16,7 +16,7 @@ from tests.server.scripted_engine import ScriptedEngine
 
 class LocalEngine:
     @staticmethod
-    def load(path: Path, *, threads: int = 0) -> ScriptedEngine:
+    def load(path: Path, options: object = None) -> ScriptedEngine:
         return ScriptedEngine()
 
 

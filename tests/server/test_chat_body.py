@@ -79,6 +79,30 @@ def test_bodies_that_are_not_a_request(live: Live, body: bytes, words: str) -> N
         ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
         ({"max_completion_tokens": 2**70}, "max_completion_tokens"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"n": True}, "n"),
+        ({"n": "2"}, "n"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.0}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"frequency_penalty": float("-inf")}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1e300}}, "logit_bias.5"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5"),
+        ({"logit_bias": {str(token): 1 for token in range(200_000)}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"stop": ["a"] * 5}, "stop"),
@@ -129,6 +153,13 @@ def test_long_lists_of_wrong_items_are_refused_without_looking_into_them(live: L
         assert time.process_time() - began < 1  # CPU time; one error for each item took many times that
 
 
+@pytest.mark.parametrize("key", ["word", "", "-1", "1.5", "05", "٥", "9" * 30])
+def test_a_bias_is_for_a_token_s_number(live: Live, key: str) -> None:
+    status, error = post(live, with_fields(logit_bias={key: 1}))
+    assert (status, error["code"]) == (400, "invalid_value")
+    assert error["param"].startswith("logit_bias")
+
+
 def test_missing_fields(live: Live) -> None:
     assert post(live, "{}")[1]["param"] == "model"
     status, error = post(live, json.dumps({"model": "scripted/one"}))
@@ -138,18 +169,6 @@ def test_missing_fields(live: Live) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
-        ("n", 10**9),
-        ("n", True),
-        ("n", "2"),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("logit_bias", {"50256": -100}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
         ("functions", [{"name": "f"}]),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
@@ -165,6 +184,7 @@ def test_what_gale_lacks_is_refused_by_name(live: Live, name: str, value: Any) -
 OPTIONAL = [
     "stream stream_options max_tokens max_completion_tokens temperature top_p seed stop user metadata store",
     "parallel_tool_calls n tools tool_choice response_format logprobs top_logprobs logit_bias presence_penalty",
+    "top_k min_p repetition_penalty stop_token_ids",
     "frequency_penalty functions function_call modalities audio service_tier reasoning_effort prediction",
 ]
 

@@ -121,7 +121,9 @@ def test_a_stream_says_the_same(client: OpenAI, options: dict[str, Any]) -> None
     chunks = list(complete(client, prompts, stream=True, stream_options={"include_usage": True}, **wanted))
     *chunks, usage = chunks
     assert usage.choices == []
-    assert usage.usage == whole.usage
+    assert usage.usage.model_dump(exclude={"prompt_tokens_details"}) == whole.usage.model_dump(
+        exclude={"prompt_tokens_details"}
+    )
     assert len({(chunk.id, chunk.created, chunk.model) for chunk in [*chunks, usage]}) == 1
     for index, choice in enumerate(whole.choices):
         parts = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
@@ -164,9 +166,9 @@ def test_more_prompts_than_run_at_once_are_all_answered(client: OpenAI) -> None:
     [
         ("suffix", "end", "unsupported_parameter"),
         ("best_of", 3, "unsupported_parameter"),
-        ("logit_bias", {"5": 1}, "unsupported_parameter"),
-        ("presence_penalty", 0.5, "unsupported_parameter"),
-        ("frequency_penalty", 0.5, "unsupported_parameter"),
+        ("logit_bias", {"100000": 1}, "invalid_value"),
+        ("presence_penalty", 2.5, "invalid_value"),
+        ("frequency_penalty", -3, "invalid_value"),
         ("prompt", [], "invalid_value"),
         ("prompt", "", "invalid_value"),
         ("prompt", [[1], []], "invalid_value"),
@@ -245,3 +247,51 @@ def test_the_last_event_is_done(tiny: Live) -> None:
     events = tiny.http.post("/v1/completions", json=body).text.strip().split("\n\n")
     assert events[-1] == "data: [DONE]"
     assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-1])
+
+
+def test_a_chat_s_log_probabilities_are_the_completion_s(client: OpenAI, tokenizer: Tokenizer) -> None:
+    ids = ChatTemplate(tokenizer.chat_template or "", tokenizer).prompt([Message(role="user", content="门 🎉?")])
+    expected = complete(client, ids, max_tokens=12, logprobs=3).choices[0].logprobs
+    wanted: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
+    ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "门 🎉?"}], **wanted}
+    whole = client.chat.completions.create(**ask).choices[0].logprobs.content
+    streamed = [
+        score
+        for chunk in client.chat.completions.create(**ask, stream=True)
+        if chunk.choices[0].logprobs
+        for score in chunk.choices[0].logprobs.content
+    ]
+    for content in (whole, streamed):
+        assert [score.token for score in content] == expected.tokens
+        assert [score.logprob for score in content] == pytest.approx(expected.token_logprobs, abs=1e-4)
+        assert [len(score.top_logprobs) for score in content] == [3] * 12
+        assert all(score.top_logprobs[0].logprob == score.logprob for score in content)
+        for score in content:
+            if not score.token.startswith("bytes:"):
+                assert bytes(score.bytes).decode() == score.token
+
+
+def test_sampling_parameters_beyond_openai_s_shape_the_text(client: OpenAI) -> None:
+    greedy = complete(client, max_tokens=12).choices[0].text
+    for extra in ({"top_k": 1}, {"min_p": 1.0}, {"top_k": -1, "top_p": 0.0}):
+        assert complete(client, max_tokens=12, temperature=2, seed=1, extra_body=extra).choices[0].text == greedy
+    assert complete(client, max_tokens=12, extra_body={"repetition_penalty": 3.0}).choices[0].text != greedy
+    forced = complete(client, max_tokens=5, logit_bias={"30": 100}, logprobs=0).choices[0].logprobs.tokens
+    assert len(set(forced)) == 1
+    ended = complete(client, logit_bias={"30": 100}, extra_body={"stop_token_ids": [30]})
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("", "stop")
+    assert ended.usage.completion_tokens == 1
+
+
+def test_what_was_read_before_is_counted(client: OpenAI) -> None:
+    prompt = [int(token) for token in torch.randint(300, (200,), generator=torch.Generator().manual_seed(8))]
+    usages = [complete(client, prompt, max_tokens=2).usage for _ in range(2)]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, 199]
+    messages = [{"role": "user", "content": "Where does the river go? " * 9}]
+    answers = [
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, n=2)  # type: ignore[arg-type]
+        for _ in range(2)
+    ]
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
+    assert cached[0] < 16
+    assert cached[1] == answers[1].usage.prompt_tokens - 1

@@ -90,14 +90,45 @@ def test_sampling_parameters_reach_the_engine(live: Live, client: OpenAI) -> Non
         max_completion_tokens=7,
         user="me",
         metadata={"a": "b"},
-        n=1,
-        presence_penalty=0,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"7": -100, "9": 3},
         response_format={"type": "text"},
-        logprobs=False,
+        logprobs=True,
+        top_logprobs=4,
+        extra_body={"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2, "stop_token_ids": [3, 5]},
     )
     sampling = live.engine.sampling[-1]
     assert (sampling.temperature, sampling.top_p, sampling.seed) == (0, 0.5, -(2**63))
     assert (sampling.stop, sampling.max_tokens) == (("a", "b"), 7)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1)
+    assert sampling.logit_bias == ((7, -100), (9, 3))
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (20, 0.1, 1.2)
+    assert (sampling.stop_token_ids, sampling.logprobs) == ((3, 5), 4)
+
+
+def test_several_choices_come_whole_and_streamed(live: Live, client: OpenAI) -> None:
+    answer = client.chat.completions.create(model="scripted/one", messages=ask(USER), n=3, seed=5)
+    assert [(choice.index, choice.message.content) for choice in answer.choices] == [(0, USER), (1, USER), (2, USER)]
+    assert [sampling.seed for sampling in live.engine.sampling[-3:]] == [5, 6, 7]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 3 * 7)
+    with client.chat.completions.stream(
+        model="scripted/one", messages=ask(USER), n=3, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = [event.chunk for event in stream if event.type == "chunk"]
+        final = stream.get_final_completion()
+    assert [chunk.choices[0].index for chunk in chunks if chunk.choices and chunk.choices[0].delta.role] == [0, 1, 2]
+    assert [choice.message.content for choice in final.choices] == [USER] * 3
+    assert chunks[-1].usage == answer.usage
+
+
+def test_one_failed_choice_fails_the_answer_and_ends_the_others(live: Live, client: OpenAI) -> None:
+    for script, kind in (("overloaded", openai.InternalServerError), ("breaks", openai.APIError)):
+        for stream in (False, True):
+            with pytest.raises(kind):
+                list(client.chat.completions.create(model="scripted/one", messages=ask(script), n=3, stream=stream))
+    eventually(lambda: live.engine.active == 0)
 
 
 def test_messages_reach_the_engine_as_its_template_takes_them(live: Live, client: OpenAI) -> None:
@@ -113,7 +144,7 @@ def test_messages_reach_the_engine_as_its_template_takes_them(live: Live, client
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "one two"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "42"},
+        {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"},
     ]
 
 
