@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -109,8 +110,13 @@ class ReplicaEngine:
         :func:`gale.core.cluster.joined_ray`.
         Raises :class:`GaleError` for a cluster that is too small and for what keeps a replica from starting.
         """
-        import ray
-        from ray import serve
+        try:
+            import ray
+            from ray import serve
+        except ImportError as error:
+            raise GaleError(
+                "Ray Serve is not installed.", hint="Install it with: pip install 'gale-llm[ray]'"
+            ) from error
 
         options = options or EngineOptions()
         config = ModelConfig.load(folder)
@@ -132,16 +138,21 @@ class ReplicaEngine:
                 "runtime_env": {"env_vars": {"GALE_THREADS": str(max(1, int(cpus)))}},
             },
         )(Replica)
-        quiet = {"log_level": "WARNING"}
+        # Without Serve's HTTP server: Gale's own is the front.
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if name in serve.status().applications:
+            serve.delete(name)
         try:
-            serve.start(proxy_location="Disabled", logging_config=quiet)  # Gale's own HTTP server is the front
-            logging.getLogger("ray.serve").setLevel(logging.WARNING)
-            if name in serve.status().applications:
-                serve.delete(name)
             handle = serve.run(deployment.bind(str(folder.resolve()), options, weights), name=name, route_prefix=None)
-        except RuntimeError as error:
+        except BaseException as error:  # interrupted by the one who waited among them
+            application = serve.status().applications.get(name)
+            told = [each.message for each in application.deployments.values()] if application else []
+            serve.delete(name)
+            if not isinstance(error, RuntimeError):
+                raise
             raise GaleError(
-                f"The replicas do not start: {error}",
+                f"The replicas do not start: {_cause(told or [str(error)])}",
                 hint=f"Every machine of the cluster needs Gale, and {folder.resolve()} under that path.",
             ) from error
         return cls(
@@ -268,3 +279,10 @@ def _require(there: dict[str, float], needed: dict[str, float]) -> None:
                 f"The replicas need {amount:g} {resource}s, and the cluster has {there.get(resource, 0):g}.",
                 hint="Use fewer --replicas, less for each, or add machines to the cluster.",
             )
+
+
+def _cause(told: list[str]) -> str:
+    """What went wrong in a replica, out of what Serve tells of it, which ends with the replica's traceback."""
+    lines = [line for message in told for line in message.splitlines() if line.strip()]
+    errors = [line.partition(": ")[2] for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return (errors or lines or ["it is not said why"])[-1]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import warnings
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 pytest.importorskip("ray", reason="Ray is an optional extra")
-from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+with warnings.catch_warnings(action="ignore"):  # of its own use of pydantic
+    from ray.exceptions import ActorDiedError, RayTaskError
+    from ray.serve.exceptions import BackPressureError
 
 from gale.core.errors import GaleError
 from gale.core.settings import settings

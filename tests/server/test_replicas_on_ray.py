@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,17 +51,19 @@ def cluster() -> Iterator[str]:
             started.shutdown()
 
 
+def start(cluster: str, folder: Path, home: Path, stderr: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gale.cli", "serve", "--ray", cluster, "--model", str(folder), "--port", "0"]
+    command += ["--replicas", "2", "--replica-cpus", "0.5", "--db", f"sqlite:///{home / 'gale.db'}"]
+    environment = {**os.environ, "GALE_HOME": str(home), "PYTHONPATH": str(ROOT), "GALE_LOG_LEVEL": "WARNING"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, cwd=ROOT)
+
+
 class Front:
     """``gale serve --ray`` in a process of its own."""
 
     def __init__(self, cluster: str, folder: Path, home: Path) -> None:
-        command = [sys.executable, "-m", "gale.cli", "serve", "--ray", cluster, "--model", str(folder), "--port", "0"]
-        command += ["--replicas", "2", "--replica-cpus", "0.5", "--db", f"sqlite:///{home / 'gale.db'}"]
-        environment = {**os.environ, "GALE_HOME": str(home), "PYTHONPATH": str(ROOT), "GALE_LOG_LEVEL": "WARNING"}
         self.log = (home / "log").open("w+")
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=ROOT
-        )
+        self.process = start(cluster, folder, home, self.log)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("Gale is ready at "), (home / "log").read_text()
@@ -190,3 +193,16 @@ def test_a_front_that_is_told_to_stop_takes_its_replicas_along(front: Front) -> 
     front.process.send_signal(signal.SIGTERM)
     assert front.process.wait(60) == 0
     front.wait_for_replicas(0)
+
+
+def test_replicas_that_cannot_start_are_said_so_and_leave_nothing_behind(
+    cluster: str, folder: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    process = start(cluster, broken, tmp_path, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (1, "")
+    assert "The replicas do not start: " in err
+    assert "model.safetensors" in err
+    assert "Traceback" not in err
