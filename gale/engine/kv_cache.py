@@ -140,7 +140,7 @@ class CachedAttention:
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         window, softcap = self.config.window(layer), self.config.attention_softcap
-        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 2 == 0 and softcap is None:
+        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 4 == 0 and softcap is None:
             if self._native is None:
                 self._native = kernels.sequences(
                     [

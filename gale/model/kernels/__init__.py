@@ -59,6 +59,12 @@ def _native() -> ctypes.CDLL | None:
     return native
 
 
+@cache
+def threads() -> int:
+    """Threads of the kernels: as many as torch had when they were first asked, in a pool of their own."""
+    return torch.get_num_threads()
+
+
 def available() -> bool:
     """Whether there are kernels here."""
     return _native() is not None
@@ -94,13 +100,12 @@ def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
         assert inputs % 2 == 0 and weight_OC.dtype is torch.bfloat16
         packed = torch.empty(native.gale_packed_bytes(bits, outputs, inputs), dtype=torch.uint8)
         weight_OC = weight_OC.contiguous()
-        native.gale_pack_bf16(weight_OC.data_ptr(), outputs, inputs, packed.data_ptr(), torch.get_num_threads())
+        native.gale_pack_bf16(weight_OC.data_ptr(), outputs, inputs, packed.data_ptr(), threads())
         return packed, torch.empty(0)
     wide_OC = weight_OC.float().contiguous()
     packed = torch.empty(native.gale_packed_bytes(bits, outputs, inputs), dtype=torch.uint8)
     scales_O = torch.empty(-(-outputs // _PANEL) * _PANEL if bits == 8 else 0)
-    threads = torch.get_num_threads()
-    native.gale_pack(bits, wide_OC.data_ptr(), outputs, inputs, packed.data_ptr(), scales_O.data_ptr(), threads)
+    native.gale_pack(bits, wide_OC.data_ptr(), outputs, inputs, packed.data_ptr(), scales_O.data_ptr(), threads())
     return packed, scales_O
 
 
@@ -115,7 +120,7 @@ def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Te
     out_NO = torch.empty((len(x_NC), outputs), dtype=x_NC.dtype)
     native.gale_linear(
         bits, x_NC.data_ptr(), x_NC.dtype is torch.float32, *x_NC.shape, packed.data_ptr(), scales_O.data_ptr(),
-        None if bias_O is None else bias_O.data_ptr(), out_NO.data_ptr(), outputs, torch.get_num_threads(),
+        None if bias_O is None else bias_O.data_ptr(), out_NO.data_ptr(), outputs, threads(),
     )  # fmt: skip
     return out_NO
 
@@ -134,7 +139,7 @@ def norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         x_NC.numel() // size,
         size,
         out_NC.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )
     return out_NC
 
@@ -147,7 +152,7 @@ def norm_rotate(x_NHD: Tensor, weight_D: Tensor | None, eps: float, cos_ND: Tens
     out_NHD = torch.empty_like(x_NHD)
     native.gale_norm_rotate(
         x_NHD.data_ptr(), None if weight_D is None else weight_D.data_ptr(), eps, cos_ND.data_ptr(), sin_ND.data_ptr(),
-        *x_NHD.shape, out_NHD.data_ptr(), torch.get_num_threads(),
+        *x_NHD.shape, out_NHD.data_ptr(), threads(),
     )  # fmt: skip
     return out_NHD
 
@@ -157,7 +162,7 @@ def silu_gate(x_NI: Tensor, up_NI: Tensor) -> Tensor:
     native = _native()
     assert native is not None
     out_NI = torch.empty_like(x_NI)
-    native.gale_silu_gate(x_NI.data_ptr(), up_NI.data_ptr(), *x_NI.shape, out_NI.data_ptr(), torch.get_num_threads())
+    native.gale_silu_gate(x_NI.data_ptr(), up_NI.data_ptr(), *x_NI.shape, out_NI.data_ptr(), threads())
     return out_NI
 
 
@@ -207,6 +212,6 @@ def attend(
     heads, size = q_NHD.shape[1:]
     native.gale_attend(
         batch, len(batch), layer, q_NHD.data_ptr(), k_NKD.data_ptr(), v_NKD.data_ptr(), out_NHD.data_ptr(),
-        heads, k_NKD.shape[1], size, window or 0, size**-0.5, torch.get_num_threads(),
+        heads, k_NKD.shape[1], size, window or 0, size**-0.5, threads(),
     )  # fmt: skip
     return out_NHD

@@ -77,20 +77,24 @@ GALE_BF16 void transpose(const bf16* keys, int size, int there, int32_t* out) {
 // Scores of Q queries with 16 keys each.
 template <int Q>
 GALE_BF16 void dots(const bf16* const* queries, const int32_t* keys, int size, float scale, float* scores, long stride) {
-  __m512 sums[Q];
+  __m512 sums[Q][2];  // of even and of odd pairs, so that a sum needs not wait for the one before it
 #pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q) sums[q] = _mm512_setzero_ps();
-  for (int pair = 0; pair < size / 2; ++pair) {
-    __m512i key = _mm512_loadu_si512(keys + pair * 16);
+  for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = _mm512_setzero_ps();
+  for (int pair = 0; pair < size / 2; pair += 2) {
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      __m512bh key = (__m512bh)_mm512_loadu_si512(keys + (pair + odd) * 16);
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      int32_t both;
-      std::memcpy(&both, queries[q] + 2 * pair, 4);
-      sums[q] = _mm512_dpbf16_ps(sums[q], (__m512bh)key, (__m512bh)_mm512_set1_epi32(both));
+      for (int q = 0; q < Q; ++q) {
+        int32_t both;
+        std::memcpy(&both, queries[q] + 2 * (pair + odd), 4);
+        sums[q][odd] = _mm512_dpbf16_ps(sums[q][odd], key, (__m512bh)_mm512_set1_epi32(both));
+      }
     }
   }
 #pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q) _mm512_storeu_ps(scores + q * stride, _mm512_mul_ps(sums[q], _mm512_set1_ps(scale)));
+  for (int q = 0; q < Q; ++q)
+    _mm512_storeu_ps(scores + q * stride, _mm512_mul_ps(_mm512_add_ps(sums[q][0], sums[q][1]), _mm512_set1_ps(scale)));
 }
 
 GALE_BF16 inline __m512 exponential(__m512 x) {  // as in rows.cpp
@@ -130,33 +134,37 @@ GALE_BF16 void softmax(float* scores, int start, int end, int low, int high) {
     _mm512_storeu_ps(scores + t - start, _mm512_mul_ps(_mm512_loadu_ps(scores + t - start), share));
 }
 
-// out[q][0..32) += sum over t in [0, tokens) of weights[q][t] * values[t][0..32)
-template <int Q>
+// out[q][at..at + 32 P) = sum over t in [0, tokens) of weights[q][t] * values[t][at..at + 32 P)
+template <int Q, int P>
 GALE_BF16 void mix(const float* weights, long stride, const bf16* values, int size, int tokens, bf16* const* out, int at) {
-  const int left = size - at;
-  const __mmask16 inside[2] = {__mmask16(left >= 16 ? 0xffff : (1 << left) - 1),
-                               __mmask16(left >= 32 ? 0xffff : left > 16 ? (1 << (left - 16)) - 1 : 0)};
-  __m512 sums[Q][2];
+  __mmask16 inside[2 * P];
+  __m512 sums[Q][2 * P];
 #pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = _mm512_setzero_ps();
+  for (int i = 0; i < 2 * P; ++i) {
+    const int left = size - at - 16 * i;
+    inside[i] = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) sums[q][i] = _mm512_setzero_ps();
+  }
   for (int t = 0; t < tokens; ++t) {
     const bf16* value = values + long(t) * size + at;
-    __m512 v[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
+    __m512 v[2 * P];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * P; ++i) {
       __m256i narrow = _mm256_maskz_loadu_epi16(inside[i], value + 16 * i);
       v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       __m512 weight = _mm512_set1_ps(weights[q * stride + t]);
-      sums[q][0] = _mm512_fmadd_ps(weight, v[0], sums[q][0]);
-      sums[q][1] = _mm512_fmadd_ps(weight, v[1], sums[q][1]);
+#pragma GCC unroll 8
+      for (int i = 0; i < 2 * P; ++i) sums[q][i] = _mm512_fmadd_ps(weight, v[i], sums[q][i]);
     }
   }
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q)
-    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * P; ++i)
       _mm256_mask_storeu_epi16(out[q] + at + 16 * i, inside[i], (__m256i)_mm512_cvtneps_pbh(sums[q][i]));
 }
 
@@ -164,7 +172,9 @@ void attend(const Layer& l, const Sequence& s, int key_head, int first, int coun
   using Dots = void (*)(const bf16* const*, const int32_t*, int, float, float*, long);
   using Mix = void (*)(const float*, long, const bf16*, int, int, bf16* const*, int);
   static constexpr Dots dots_of[] = {dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
-  static constexpr Mix mix_of[] = {mix<1>, mix<2>, mix<3>, mix<4>, mix<5>, mix<6>, mix<7>, mix<8>};
+  // Few queries take more dimensions at once, so that there are always sums enough to be busy with.
+  static constexpr Mix mix_of[] = {mix<1, 4>, mix<2, 4>, mix<3, 2>, mix<4, 2>, mix<5, 1>, mix<6, 1>, mix<7, 1>, mix<8, 1>};
+  static constexpr int parts_of[] = {4, 4, 2, 2, 1, 1, 1, 1};
   const int group = l.heads / l.key_heads;
   thread_local std::vector<float> scores;
   thread_local std::vector<int32_t> pairs;
@@ -186,6 +196,10 @@ void attend(const Layer& l, const Sequence& s, int key_head, int first, int coun
   const long at = l.layer * s.layer_stride + key_head * s.head_stride;
   const bf16 *keys = s.keys + at, *values = s.values + at;
   for (int t = begin; t < end; t += kKeys) {
+    for (long byte = 0, size = 2l * kKeys * l.size; byte < size; byte += 64) {  // what is read next but one, and later
+      _mm_prefetch((const char*)(keys + long(t + 2 * kKeys) * l.size) + byte, _MM_HINT_T0);
+      _mm_prefetch((const char*)(values + long(t) * l.size) + byte, _MM_HINT_T0);
+    }
     transpose(keys + long(t) * l.size, l.size, std::min(kKeys, tokens - t), pairs.data());
     for (int q = 0; q < count; q += kQueries)
       if (last[std::min(count, q + kQueries) - 1] > t)
@@ -196,7 +210,7 @@ void attend(const Layer& l, const Sequence& s, int key_head, int first, int coun
     softmax(scores.data() + q * stride, begin, end, l.window ? std::max(0, last[q] - l.window) : 0, last[q]);
   for (int q = 0; q < count; q += kQueries) {
     const int now = std::min(kQueries, count - q);
-    for (int part = 0; part < l.size; part += 32)
+    for (int part = 0; part < l.size; part += 32 * parts_of[now - 1])
       mix_of[now - 1](scores.data() + q * stride, stride, values + long(begin) * l.size, l.size, last[q + now - 1] - begin,
                       out + q, part);
   }
@@ -223,7 +237,7 @@ int gale_can_attend() {
 }
 
 // Stores the new keys and values k, v [rows, key heads, size] of one layer in their sequences' caches, then
-// out [rows, heads, size] of q, likewise. `size` is even. `window` 0 means that all is seen.
+// out [rows, heads, size] of q, likewise. `size` is a multiple of 4. `window` 0 means that all is seen.
 void gale_attend(const Sequence* sequences, int count, int layer, const bf16* q, const bf16* k, const bf16* v, bf16* out,
                  int heads, int key_heads, int size, int window, float scale, int threads) {
 #if defined(__x86_64__)

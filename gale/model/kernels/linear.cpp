@@ -98,6 +98,13 @@ GALE_CLONES float quantise_fp32(const float* x, int inputs, int stored, int8_t* 
   return quantise_row(x, inputs, stored, out, sums, grouped);
 }
 
+// Where few rows are multiplied, memory decides. So while a panel is multiplied, the next is fetched: evenly over all
+// tiles of rows, `lines` cache lines at each step from `from` on, so that memory is never idle while there is work.
+struct Ahead {
+  const uint8_t* from;
+  int lines;
+};
+
 // What a panel is multiplied with: `rows` tokens, each `stride` bytes from the last.
 struct Tokens {
   const int8_t* values;
@@ -221,7 +228,7 @@ GALE_VNNI inline __m512i four_of(const int8_t* x) {
 }
 
 template <int M, int B>  // B x 16 outputs at a time, so that all sums stay in registers
-GALE_VNNI void panel8_vnni(const uint8_t* w, Tokens a, int stored, int32_t* out) {
+GALE_VNNI void panel8_vnni(const uint8_t* w, Tokens a, int stored, int32_t* out, Ahead ahead) {
   for (int first = 0; first < 4; first += B) {
     __m512i sums[M][B];
 #pragma GCC unroll 16
@@ -230,9 +237,8 @@ GALE_VNNI void panel8_vnni(const uint8_t* w, Tokens a, int stored, int32_t* out)
       for (int b = 0; b < B; ++b) sums[m][b] = _mm512_set1_epi32(a.sums[m * a.sum_stride]);
     const uint8_t* packed = w + first * 64;
     for (int k = 0; k < stored; k += 4, packed += 256) {
-      if (M <= 4)  // memory decides; its stream is fetched further ahead than the processor does by itself
-#pragma GCC unroll 16
-        for (int b = 0; b < B; ++b) _mm_prefetch((const char*)(packed + 4096 + b * 64), _MM_HINT_T0);
+      for (int line = 0; line < ahead.lines; ++line) _mm_prefetch((const char*)(ahead.from + line * 64), _MM_HINT_T1);
+      ahead.from += ahead.lines * 64;
       __m512i weights[B];
 #pragma GCC unroll 16
       for (int b = 0; b < B; ++b) weights[b] = _mm512_loadu_si512(packed + b * 64);
@@ -251,7 +257,7 @@ GALE_VNNI void panel8_vnni(const uint8_t* w, Tokens a, int stored, int32_t* out)
 }
 
 template <int M, int B>  // B x 16 outputs at a time, so that sums of both kinds stay in registers
-GALE_VNNI void panel4_vnni(const uint8_t* w, Tokens a, int stored, float* out) {
+GALE_VNNI void panel4_vnni(const uint8_t* w, Tokens a, int stored, float* out, Ahead ahead) {
   const __m512i mask = _mm512_set1_epi8(15);
   for (int first = 0; first < 4; first += B) {
     __m512 total[M][B];
@@ -261,7 +267,9 @@ GALE_VNNI void panel4_vnni(const uint8_t* w, Tokens a, int stored, float* out) {
       for (int b = 0; b < B; ++b) total[m][b] = _mm512_setzero_ps();
     const uint8_t* packed = w + first * 64;
     for (int group = 0; group < stored / kGroup; ++group, packed += kGroupBytes) {
-        for (int line = 0; line < kGroupBytes; line += 64) _mm_prefetch((const char*)(packed + 4608 + line), _MM_HINT_T0);
+      for (int line = 0; first == 0 && line < ahead.lines; ++line)
+        _mm_prefetch((const char*)(ahead.from + line * 64), _MM_HINT_T1);
+      ahead.from += ahead.lines * 64;
       __m512i sums[M][B];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
@@ -305,7 +313,7 @@ GALE_VNNI void panel4_vnni(const uint8_t* w, Tokens a, int stored, float* out) {
 
 template <int M, int B>
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void panel16_bf16(const uint8_t* w, const bf16* a, int inputs,
-                                                                                  float* out) {
+                                                                                  float* out, Ahead ahead) {
   for (int first = 0; first < 4; first += B) {
     __m512 sums[M][B];
 #pragma GCC unroll 16
@@ -314,9 +322,8 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void panel16_bf1
       for (int b = 0; b < B; ++b) sums[m][b] = _mm512_setzero_ps();
     const uint8_t* packed = w + first * 64;
     for (int k = 0; k < inputs; k += 2, packed += 256) {
-      if (M <= 4)
-#pragma GCC unroll 16
-        for (int b = 0; b < B; ++b) _mm_prefetch((const char*)(packed + 4096 + b * 64), _MM_HINT_T0);
+      for (int line = 0; line < ahead.lines; ++line) _mm_prefetch((const char*)(ahead.from + line * 64), _MM_HINT_T1);
+      ahead.from += ahead.lines * 64;
       __m512bh weights[B];
 #pragma GCC unroll 16
       for (int b = 0; b < B; ++b) weights[b] = (__m512bh)_mm512_loadu_si512(packed + b * 64);
@@ -356,39 +363,43 @@ int level = best_level();
 // Tokens that are multiplied with a panel at once, and the sums of `rows` of them.
 int most_rows(int bits) { return level == kPlain ? 1 : level == kAvx2 ? 4 : bits == 8 ? 6 : 12; }
 
-void panel8(const uint8_t* w, Tokens a, int rows, int stored, int32_t* out) {
+void panel8(const uint8_t* w, Tokens a, int rows, int stored, int32_t* out, Ahead ahead) {
 #if defined(__x86_64__)
   using Kernel = void (*)(const uint8_t*, Tokens, int, int32_t*);
-  static constexpr Kernel vnni[] = {panel8_vnni<1, 4>, panel8_vnni<2, 4>, panel8_vnni<3, 4>,
+  using Fetching = void (*)(const uint8_t*, Tokens, int, int32_t*, Ahead);
+  static constexpr Fetching vnni[] = {panel8_vnni<1, 4>, panel8_vnni<2, 4>, panel8_vnni<3, 4>,
                                     panel8_vnni<4, 4>, panel8_vnni<5, 4>, panel8_vnni<6, 4>};
   static constexpr Kernel avx2[] = {panel8_avx2<1>, panel8_avx2<2>, panel8_avx2<3>, panel8_avx2<4>};
-  if (level == kVnni) return vnni[rows - 1](w, a, stored, out);
+  if (level == kVnni) return vnni[rows - 1](w, a, stored, out, ahead);
   if (level == kAvx2) return avx2[rows - 1](w, a, stored, out);
 #endif
+  (void)ahead;
   panel8_plain(w, a, rows, stored, out);
 }
 
-void panel16(const uint8_t* w, const bf16* a, int rows, int inputs, float* out) {
+void panel16(const uint8_t* w, const bf16* a, int rows, int inputs, float* out, Ahead ahead) {
 #if defined(__x86_64__)
-  using Kernel = void (*)(const uint8_t*, const bf16*, int, float*);
+  using Kernel = void (*)(const uint8_t*, const bf16*, int, float*, Ahead);
   static constexpr Kernel kernels[] = {panel16_bf16<1, 4>, panel16_bf16<2, 4>, panel16_bf16<3, 4>,
                                        panel16_bf16<4, 4>, panel16_bf16<5, 4>, panel16_bf16<6, 4>};
-  kernels[rows - 1](w, a, inputs, out);
+  kernels[rows - 1](w, a, inputs, out, ahead);
 #else
-  (void)w, (void)a, (void)rows, (void)inputs, (void)out;
+  (void)w, (void)a, (void)rows, (void)inputs, (void)out, (void)ahead;
 #endif
 }
 
-void panel4(const uint8_t* w, Tokens a, int rows, int stored, float* out) {
+void panel4(const uint8_t* w, Tokens a, int rows, int stored, float* out, Ahead ahead) {
 #if defined(__x86_64__)
   using Kernel = void (*)(const uint8_t*, Tokens, int, float*);
-  static constexpr Kernel vnni[] = {panel4_vnni<1, 4>, panel4_vnni<2, 4>, panel4_vnni<3, 4>,  panel4_vnni<4, 2>,
+  using Fetching = void (*)(const uint8_t*, Tokens, int, float*, Ahead);
+  static constexpr Fetching vnni[] = {panel4_vnni<1, 4>, panel4_vnni<2, 4>, panel4_vnni<3, 4>,  panel4_vnni<4, 2>,
                                     panel4_vnni<5, 2>, panel4_vnni<6, 2>, panel4_vnni<7, 1>,  panel4_vnni<8, 1>,
                                     panel4_vnni<9, 1>, panel4_vnni<10, 1>, panel4_vnni<11, 1>, panel4_vnni<12, 1>};
   static constexpr Kernel avx2[] = {panel4_avx2<1>, panel4_avx2<2>, panel4_avx2<3>, panel4_avx2<4>};
-  if (level == kVnni) return vnni[rows - 1](w, a, stored, out);
+  if (level == kVnni) return vnni[rows - 1](w, a, stored, out, ahead);
   if (level == kAvx2) return avx2[rows - 1](w, a, stored, out);
 #endif
+  (void)ahead;
   panel4_plain(w, a, rows, stored, out);
 }
 
@@ -517,17 +528,27 @@ void gale_linear(int bits, const void* x, bool wide, int rows, int inputs, const
   float* a_scales = scale_memory.data();
   const int panels = padded(outputs, kPanel) / kPanel, most = most_rows(bits);
   const long panel_bytes = bits == 16 ? long(kPanel) * inputs * 2 : bits == 8 ? long(kPanel) * stored : long(groups) * kGroupBytes;
-  // A panel is claimed whole, several of them where they are so small that claiming would cost.
-  const int at_once = std::max<long>(1, std::min<long>(32768 / (panel_bytes * std::max(1, rows / 8)), panels / (2 * threads)));
+  // Panels are claimed several at once: claiming costs a little, and the next in a row is what is fetched ahead.
+  const int at_once = std::max(1, std::min(8, panels / (4 * threads)));
+  const long steps = bits == 16 ? inputs / 2 : bits == 8 ? stored / 4 : groups, step_bytes = panel_bytes / steps;
+  const int tiles = (rows + (bits == 16 ? 6 : most_rows(bits)) - 1) / (bits == 16 ? 6 : most_rows(bits));
+  // What of the panel behind `panel` is fetched during its tile; nothing where so many rows wait that it does not matter.
+  auto ahead_of = [&](int panel, int tile) {
+    const long lines = (step_bytes / 64 + tiles - 1) / tiles;
+    if (tiles == 1) return Ahead{packed + panel * panel_bytes + 4096, int(lines)};  // the same stream, a little further on
+    if (panel + 1 >= panels || tiles > 8) return Ahead{packed, 0};
+    const long low = std::min(tile * lines * 64 * steps, panel_bytes - lines * 64 * steps);
+    return Ahead{packed + (panel + 1) * panel_bytes + std::max(0l, low), int(lines)};
+  };
   const int chunks = (panels + at_once - 1) / at_once;
   if (bits == 16) {
     Pool::run(chunks, threads, [&](int chunk) {
       alignas(64) float sums[6 * kPanel];
       for (int panel = chunk * at_once; panel < std::min(panels, (chunk + 1) * at_once); ++panel) {
         int first = panel * kPanel, here = std::min(kPanel, outputs - first);
-        for (int row = 0, now; row < rows; row += now) {
+        for (int row = 0, tile = 0, now; row < rows; row += now, ++tile) {
           now = share(rows - row, 6);
-          panel16(packed + panel * panel_bytes, (const bf16*)x + long(row) * inputs, now, inputs, sums);
+          panel16(packed + panel * panel_bytes, (const bf16*)x + long(row) * inputs, now, inputs, sums, ahead_of(panel, tile));
           for (int m = 0; m < now; ++m)
             finish_16(sums + m * kPanel, bias ? bias + first : nullptr, (bf16*)out + long(row + m) * outputs + first, here);
         }
@@ -550,11 +571,12 @@ void gale_linear(int bits, const void* x, bool wide, int rows, int inputs, const
     for (int panel = chunk * at_once; panel < std::min(panels, (chunk + 1) * at_once); ++panel) {
       const uint8_t* w = packed + panel * panel_bytes;
       int first = panel * kPanel, here = std::min(kPanel, outputs - first);
-      for (int row = 0, now; row < rows; row += now) {
+      for (int row = 0, tile = 0, now; row < rows; row += now, ++tile) {
         now = share(rows - row, most);
+        const Ahead ahead = ahead_of(panel, tile);
         Tokens a{values + long(row) * stored, sums + long(row) * groups, stored, groups};
-        if (bits == 8) panel8(w, a, now, stored, integer);
-        else panel4(w, a, now, stored, real);
+        if (bits == 8) panel8(w, a, now, stored, integer, ahead);
+        else panel4(w, a, now, stored, real, ahead);
         for (int m = 0; m < now; ++m) {
           float a_scale = a_scales[row + m];
           const float* b = bias ? bias + first : nullptr;

@@ -38,7 +38,7 @@ class Pool {
 
  private:
   using Call = void (*)(const void*, int);
-  static constexpr int kSpins = 2000;  // about 50 us, several times the pause between two kernels of a step
+  static constexpr int kSpins = 20000;  // about half a millisecond: longer than Python needs between two kernels
 
   static Pool& instance() {
     static std::atomic<Pool*> current{nullptr};
