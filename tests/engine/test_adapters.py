@@ -226,6 +226,29 @@ def test_loading_beside_running_requests_does_not_touch_them(
     assert asyncio.run(run(load=True)) == asyncio.run(run(load=False))
 
 
+def test_what_was_read_under_one_adapter_is_copied_for_no_other(
+    base: Path, adapters: dict[str, Path], tokenizer: Tokenizer, open_engine: Open
+) -> None:
+    """Long prompts, of which the prefix cache keeps the keys and values; vectors never copy, whoever read the text."""
+    engine, ids = open_engine(base, adapters), tokenizer.encode(TEXT) * 20
+    names: list[str | None] = [None, "all", "few", None, "all"]
+
+    async def ask(engine: LocalEngine, name: str | None) -> tuple[str, list[float]]:
+        text, finished = await answer(engine, TEXT * 20, temperature=0, max_tokens=12, adapter=name)
+        assert finished.usage.completion_tokens == 12
+        return text, (await engine.embed([ids], adapter=name)).vectors[0]
+
+    for name in names:
+        fresh = open_engine(base, adapters)
+        expected, vector = asyncio.run(ask(fresh, name))
+        given, other = asyncio.run(ask(engine, name))
+        assert given == expected
+        assert other == pytest.approx(vector, abs=1e-4)
+    engine.load_adapter("all", adapters["wide"])
+    expected, _ = asyncio.run(ask(engine, "wide"))
+    assert asyncio.run(ask(engine, "all"))[0] == expected
+
+
 def test_every_loading_has_a_namespace_of_its_own(base: Path, adapters: dict[str, Path], open_engine: Open) -> None:
     engine = open_engine(base, adapters)
     first = engine._adapters.get("all")

@@ -163,6 +163,30 @@ def test_the_prompt_is_read_once_and_what_labels_share_once_too(model: Decoder, 
     assert chunked.logprobs() == pytest.approx(whole, abs=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_a_decision_that_loses_its_memory_goes_on_as_if_nothing_had_been(model: Decoder, steps: int) -> None:
+    """Also where another sequence has read the very label meanwhile, which could be copied then, but not be scored."""
+    prompt, labels = [7 + place % 60 for place in range(90)], [[5, 6, 7, 8, 9], [11, 12, 13], [14]]
+    expected = LabelScorer(len(prompt), labels, model.logits)
+    read(model, prompt, expected, chunk=64)
+    batcher = Batcher(model, max_running=4, max_cached_tokens=10_000, prefill_chunk=64, prefix_cache=True)
+    for label in labels:
+        other = LabelScorer(len(prompt) + len(label), [[20]], model.logits)
+        batcher.add(observed(prompt + label, other))
+    while not batcher.idle:
+        batcher.step()
+    scorer = LabelScorer(len(prompt), labels, model.logits)
+    batcher.add(decision := observed(prompt, scorer))
+    batcher._prefill_chunk = 2  # so that it is in the middle of a label after some of the steps
+    for _ in range(steps):
+        batcher.step()
+    if not decision.finished:
+        batcher._preempt(decision)
+    while not batcher.idle:
+        batcher.step()
+    assert scorer.logprobs() == pytest.approx(expected.logprobs(), abs=1e-4)
+
+
 def test_what_reads_does_not_hold_up_what_writes(model: Decoder, tokenizer: Tokenizer) -> None:
     """A running answer gets a token in every step, and no step reads more than a chunk beside it."""
     batcher = Batcher(model, max_running=8, max_cached_tokens=10_000, prefill_chunk=32)

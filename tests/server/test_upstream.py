@@ -218,7 +218,7 @@ def test_tools_that_were_called_and_answered_are_passed_on(live: Live) -> None:
     messages = [
         *user("one"),
         Message(role="assistant", content="", tool_calls=[call]),
-        Message(role="tool", content="42"),
+        Message(role="tool", content="42", tool_call_id="c1", name="f"),
     ]
     on(live.url, lambda engine: all_of(engine.chat(messages, SamplingParams())))
     assert live.engine.prompts[-1] == messages
