@@ -26,6 +26,7 @@ from gale.engine.request import (
     FinishReason,
     PromptError,
     PromptScores,
+    ReasoningDelta,
     SamplingParams,
     TextDelta,
     Tools,
@@ -34,6 +35,7 @@ from gale.engine.request import (
 from gale.engine.stop import StopScanner
 from gale.engine.upstream_wire import (
     Chunk,
+    ToolCalls,
     UpstreamRefusedError,
     as_error,
     estimated_tokens,
@@ -44,6 +46,7 @@ from gale.engine.upstream_wire import (
     refused_fields,
     sampling_body,
     token_scores,
+    tool_fields,
     wire_messages,
 )
 from gale.text.template import Message
@@ -82,6 +85,7 @@ class UpstreamEngine:
         self._model_id = ""
         self._context_length = 0
         self._owner = ""
+        self._adapters: tuple[str, ...] = ()
         self._tokenizes = False
         self._bytes: dict[int, bytes] = {}
         self._unwanted: set[str] = set()  # optional fields that this upstream has refused before
@@ -106,10 +110,12 @@ class UpstreamEngine:
     def _look(self, model: str | None, context_length: int | None) -> None:
         listed = self._ask("GET", f"{self._base}/models").get("data")
         models = {str(each.get("id")): each for each in listed or [] if isinstance(each, dict)}
-        if model is None and len(models) != 1:
-            names = ", ".join(sorted(models)[:10]) or "none"
-            raise GaleError(f"{self._base} serves {len(models)} models: {names}.", hint="Choose with --upstream-model.")
-        self._model_id = model or next(iter(models))
+        bases = [name for name, card in models.items() if not card.get("parent")]  # the others are adapters over one
+        if model is None and len(bases) != 1:
+            names = ", ".join(sorted(bases)[:10]) or "none"
+            raise GaleError(f"{self._base} serves {len(bases)} models: {names}.", hint="Choose with --upstream-model.")
+        self._model_id = model or bases[0]
+        self._adapters = tuple(name for name, card in models.items() if card.get("parent") == self._model_id)
         if self._model_id not in models and models:
             log.warning("upstream_does_not_list_model", model=self._model_id)
         card = models.get(self._model_id, {})
@@ -137,8 +143,8 @@ class UpstreamEngine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """None: they are for a model in this process."""
-        return ()
+        """The adapters that the upstream had over the model when it was asked."""
+        return self._adapters
 
     @property
     def context_length(self) -> int:
@@ -179,15 +185,13 @@ class UpstreamEngine:
     async def chat(
         self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
     ) -> AsyncGenerator[Event, None]:
-        """See :meth:`gale.engine.request.Engine.chat`. Tools are refused: they are not passed on yet."""
-        if tools is not None:
-            raise UpstreamRefusedError("Tools cannot be passed on to an upstream.")
+        """See :meth:`gale.engine.request.Engine.chat`."""
         body, optional = sampling_body(sampling, self._owner)
         if sampling.max_tokens is not None:
             body["max_tokens"] = min(sampling.max_tokens, self._context_length)
         if sampling.logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
-        body |= {"model": self._model_id, "messages": wire_messages(messages)}
+        body |= {"model": sampling.adapter or self._model_id, "messages": wire_messages(messages), **tool_fields(tools)}
         events = self._answer("chat/completions", body, optional, sampling, lambda: estimated_tokens(messages))
         try:
             async for event in events:
@@ -210,7 +214,9 @@ class UpstreamEngine:
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self._context_length)
         body, optional = sampling_body(sampling, self._owner)
-        body |= {"model": self._model_id, "prompt": prompt}
+        if sampling.grammar is not None and self._owner == "gale":
+            raise UpstreamRefusedError("Gale as an upstream holds conversations to grammars, and not raw completions.")
+        body |= {"model": sampling.adapter or self._model_id, "prompt": prompt}
         body["max_tokens"] = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if sampling.logprobs is not None:
             body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
@@ -243,17 +249,19 @@ class UpstreamEngine:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         chunks = self._chunks(path, body, optional | {"stream_options"})
         stops = StopScanner(sampling.stop)  # of upstreams that ignore stop strings there are enough
+        calls = ToolCalls()
         reason: FinishReason | None = None
         usage: Usage | None = None
         pieces = 0
         try:
             async for chunk in chunks:
-                if chunk.usage is not None and chunk.usage.completion_tokens is not None:
-                    usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
+                usage = chunk.counts or usage
                 for choice in chunk.choices:
                     if choice.index != 0 or reason is not None:
                         continue
-                    pieces += bool(choice.new_text)
+                    pieces += bool(choice.new_text or choice.new_reasoning or choice.new_calls)
+                    if choice.new_reasoning:
+                        yield ReasoningDelta(choice.new_reasoning)
                     text = stops.push(choice.new_text)
                     if sampling.logprobs is not None and choice.logprobs:
                         scores, known = token_scores(choice.logprobs, sampling.logprobs)
@@ -263,6 +271,8 @@ class UpstreamEngine:
                         text = "" if scores else text
                     if text:
                         yield TextDelta(text)
+                    for call in choice.new_calls:
+                        yield calls.delta(call)
                     if stops.stopped:
                         reason = "stop"
                     elif choice.finish_reason is not None:

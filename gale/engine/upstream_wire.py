@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import secrets
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,8 +19,13 @@ from gale.engine.request import (
     EngineFailedError,
     EngineOverloadedError,
     FinishReason,
+    Grammar,
+    GrammarError,
     SamplingParams,
     TokenScore,
+    ToolCallDelta,
+    Tools,
+    Usage,
 )
 from gale.text.template import Message
 
@@ -27,11 +33,11 @@ from gale.text.template import Message
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _LOCAL_SERVERS = ("vllm", "sglang", "llamacpp")
 _OTHER_NAMES = {"llamacpp": {"repetition_penalty": "repeat_penalty"}}
-# What these would leave aside without a word.
-_LACKING = {"llamacpp": ("stop_token_ids",)}
 # Of SamplingParams, what may be passed on as it is. Everything else is refused where a caller asks for it.
-_SAME_NAME = ("seed", "frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", *_NEUTRAL)
-_MAPPED = {"max_tokens", "temperature", "top_p", "stop", "logprobs", "prompt_logprobs"}
+_SAME_NAME = ("seed", "frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", "priority", *_NEUTRAL)
+# What some would leave aside without a word.
+_ONLY_FOR = {"priority": ("vllm", "sglang"), "stop_token_ids": ("vllm", "sglang", "gale")}
+_MAPPED = {"max_tokens", "temperature", "top_p", "stop", "logprobs", "prompt_logprobs", "adapter", "grammar"}
 
 # How servers put into words that a prompt is too long: the context's length, and the prompt's, the surest first.
 _LIMIT = re.compile(r"context (?:length|size)\D{0,40}(\d+)", re.IGNORECASE)
@@ -66,14 +72,43 @@ def sampling_body(sampling: SamplingParams, owner: str) -> tuple[dict[str, Any],
         default = field.default_factory() if callable(field.default_factory) else field.default
         if field.name in _MAPPED or value == default:
             continue
-        if field.name not in _SAME_NAME or field.name in _LACKING.get(owner, ()):
+        if field.name not in _SAME_NAME or owner not in _ONLY_FOR.get(field.name, (owner,)):
             raise UpstreamRefusedError(f"'{field.name}' cannot be passed on to this upstream.")
         if field.name == "logit_bias":
             value = {str(token): bias for token, bias in value}
         body[field.name] = list(value) if isinstance(value, tuple) else value
         optional.discard(field.name)
+    if sampling.grammar is not None:
+        body |= _grammar_fields(sampling.grammar, owner)
     names = _OTHER_NAMES.get(owner, {})
     return {names.get(name, name): value for name, value in body.items()}, {names.get(name, name) for name in optional}
+
+
+def _grammar_fields(grammar: Grammar, owner: str) -> dict[str, Any]:
+    if grammar.kind == "json_schema":
+        try:
+            schema = json.loads(str(grammar.value))
+        except (ValueError, RecursionError) as error:
+            raise GrammarError("The schema is not JSON.") from error
+        form = {"name": "answer", "schema": schema, "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": form}}
+    if grammar.kind == "regex" and owner == "sglang":
+        return {"regex": grammar.value}
+    if grammar.kind != "spans" and owner in ("vllm", "gale"):
+        value = grammar.value if isinstance(grammar.value, str) else list(grammar.value)
+        return {"structured_outputs": {"grammar" if grammar.kind == "lark" else grammar.kind: value}}
+    raise UpstreamRefusedError(f"A grammar of the kind '{grammar.kind}' cannot be passed on to this upstream.")
+
+
+def tool_fields(tools: Tools | None) -> dict[str, Any]:
+    """The fields for ``tools``. Those that must not be called are left out: not every server can forbid one."""
+    if tools is None:
+        return {}
+    named = [{"type": "function", "function": function} for function in tools.callable]
+    choice: Any = "required" if tools.required else "auto"
+    if tools.required and len(named) == 1:
+        choice = {"type": "function", "function": {"name": tools.callable[0]["name"]}}
+    return {"tools": named, "tool_choice": choice} | ({} if tools.parallel else {"parallel_tool_calls": False})
 
 
 def wire_messages(messages: list[Message]) -> list[dict[str, Any]]:
@@ -85,6 +120,8 @@ def wire_messages(messages: list[Message]) -> list[dict[str, Any]]:
             open_calls = iter([call.get("id") for call in calls])
         elif sent["role"] == "tool" and "tool_call_id" not in sent:
             sent["tool_call_id"] = next(open_calls, None)
+        if sent["role"] == "tool":
+            sent.pop("name", None)  # the function's, which the API takes from the call
         wire.append(sent)
     return wire
 
@@ -98,8 +135,22 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+class _Function(_Lenient):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(_Lenient):
+    index: int = 0
+    id: str | None = None
+    function: _Function = _Function()
+
+
 class _Delta(_Lenient):
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # the same in newer vLLM
+    tool_calls: list[_ToolCall] | None = None
 
 
 class _Choice(_Lenient):
@@ -113,10 +164,23 @@ class _Choice(_Lenient):
     def new_text(self) -> str:
         return self.text or (self.delta and self.delta.content) or ""
 
+    @property
+    def new_reasoning(self) -> str:
+        return (self.delta and (self.delta.reasoning_content or self.delta.reasoning)) or ""
+
+    @property
+    def new_calls(self) -> list[_ToolCall]:
+        return (self.delta and self.delta.tool_calls) or []
+
+
+class _Cached(_Lenient):
+    cached_tokens: int | None = None
+
 
 class _Usage(_Lenient):
     prompt_tokens: int = 0
     completion_tokens: int | None = None
+    prompt_tokens_details: _Cached | None = None
 
 
 class Chunk(_Lenient):
@@ -124,6 +188,31 @@ class Chunk(_Lenient):
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
+
+    @property
+    def counts(self) -> Usage | None:
+        """The usage, where this chunk has it."""
+        if self.usage is None or self.usage.completion_tokens is None:
+            return None
+        cached = self.usage.prompt_tokens_details and self.usage.prompt_tokens_details.cached_tokens
+        return Usage(self.usage.prompt_tokens, self.usage.completion_tokens, cached or 0)
+
+
+class ToolCalls:
+    """The calls of one answer, which servers number and name in ways of their own."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+
+    def delta(self, call: _ToolCall) -> ToolCallDelta:
+        """The next part of a call. Raises :class:`EngineFailedError` for a call of nothing."""
+        arguments = call.function.arguments or ""
+        if call.index in self._places:
+            return ToolCallDelta(self._places[call.index], None, None, arguments)
+        if not call.function.name:
+            raise malformed("a tool call has no name")
+        place = self._places[call.index] = len(self._places)
+        return ToolCallDelta(place, call.id or f"call_{secrets.token_hex(12)}", call.function.name, arguments)
 
 
 def parse_json(data: str | bytes) -> dict[str, Any]:

@@ -69,10 +69,10 @@ async def _whole(engine: Engine, asked: Asked) -> dict[str, Any]:
         {
             "index": index,
             "message": answer.message(),
-            "logprobs": _logprobs(engine, sampling, answer.scores),
+            "logprobs": _logprobs(engine, asked, answer.scores),
             "finish_reason": answer.finish_reason(ends[index]),
         }
-        for index, (answer, sampling) in enumerate(zip(answers, asked.each, strict=True))
+        for index, answer in enumerate(answers)
     ]
     return {**head, "choices": choices, "usage": _usage(ends)}
 
@@ -109,7 +109,7 @@ async def _stream(engine: Engine, asked: Asked, *, include_usage: bool) -> Async
             if isinstance(event, ToolCallDelta):
                 called.add(index)
             scores = [event.score] if isinstance(event, TextDelta) and event.score else []
-            yield chunk(index, delta_object(event), logprobs=_logprobs(engine, asked.each[index], scores))
+            yield chunk(index, delta_object(event), logprobs=_logprobs(engine, asked, scores))
     finally:
         await events.aclose()
     if include_usage:
@@ -136,8 +136,8 @@ async def _answer(engine: Engine, asked: Asked, sampling: SamplingParams) -> Asy
     raise EngineFailedError("The model's answer ended without an end.")
 
 
-def _logprobs(engine: Engine, sampling: SamplingParams, scores: list[TokenScore]) -> dict[str, Any] | None:
-    return None if sampling.logprobs is None else chat_logprobs(engine, scores)
+def _logprobs(engine: Engine, asked: Asked, scores: list[TokenScore]) -> dict[str, Any] | None:
+    return None if asked.each[0].logprobs is None else chat_logprobs(engine, scores, as_ids=asked.as_ids)
 
 
 def _head(engine: Engine, sampling: SamplingParams, kind: str) -> dict[str, Any]:

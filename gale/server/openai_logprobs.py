@@ -51,12 +51,12 @@ class LogprobLists:
         return top
 
 
-def chat_logprobs(engine: Engine, scores: Iterable[TokenScore]) -> dict[str, Any]:
+def chat_logprobs(engine: Engine, scores: Iterable[TokenScore], *, as_ids: bool = False) -> dict[str, Any]:
     """``logprobs`` of a chat's choice: each token with its bytes, and the likeliest in its place likewise."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         data = engine.token_bytes(token, control_tokens=True)
-        return {"token": _text(engine, token), "logprob": logprob, "bytes": list(data)}
+        return {"token": _text(engine, token, as_ids=as_ids), "logprob": logprob, "bytes": list(data)}
 
     content = [
         {**entry(score.token, score.logprob), "top_logprobs": [entry(token, value) for token, value in score.top]}

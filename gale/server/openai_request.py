@@ -37,13 +37,15 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class Asked:
     """What to ask of the engine: one answer with ``each`` of these.
 
-    ``grammar_field`` is the field of the body that is at fault where the engine cannot use the grammar.
+    ``grammar_field`` is the field of the body that is at fault where the engine cannot use the grammar. With ``as_ids``
+    tokens in log-probabilities stand as ids.
     """
 
     messages: list[Message]
     each: list[SamplingParams]
     tools: Tools | None
     grammar_field: str
+    as_ids: bool
 
 
 def to_engine(request: ChatRequest, engine: Engine) -> Asked:
@@ -68,7 +70,7 @@ def to_engine(request: ChatRequest, engine: Engine) -> Asked:
     if request.logprobs and choices * limit * (1 + (request.top_logprobs or 0)) > MOST_SCORES:
         raise invalid("logprobs", f"this may need more than {MOST_SCORES:,} scores; ask for fewer tokens or choices")
     each = [replace(sampling, seed=seed_of(request.seed, choice)) for choice in range(choices)]
-    return Asked(to_messages(request.messages), each, tools, field)
+    return Asked(to_messages(request.messages), each, tools, field, bool(request.return_tokens_as_token_ids))
 
 
 def refuse_unsupported(extra: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:

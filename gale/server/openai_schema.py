@@ -93,6 +93,8 @@ class ChatRequest(SamplingFields, ToolFields):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    # vLLM's: tokens in logprobs stand as "token_id:N", for callers that need ids.
+    return_tokens_as_token_ids: bool | None = None
     stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(default=[], max_length=MOST_STOPS)]
     # Accepted and without effect here: they concern the vendor's accounts.
     user: str | None = None

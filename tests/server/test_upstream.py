@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from gale.core.errors import GaleError
 from gale.engine import upstream as upstream_module
 from gale.engine.local import LocalEngine
 from gale.engine.request import (
@@ -14,10 +17,13 @@ from gale.engine.request import (
     EngineFailedError,
     EngineOverloadedError,
     Finished,
+    Grammar,
     PromptError,
     PromptScores,
     SamplingParams,
     TextDelta,
+    ToolCallDelta,
+    Tools,
     Usage,
 )
 from gale.engine.upstream import UpstreamEngine
@@ -81,6 +87,60 @@ def test_it_scores_and_counts_as_the_engine_behind_it_does(tiny: Live) -> None:
         assert await all_of(engine.complete(prompt, SamplingParams(max_tokens=0))) == [
             Finished("length", Usage(len(prompt), 0))
         ]
+
+    on(tiny.url, check)
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 3},
+    {"frequency_penalty": 0.5, "presence_penalty": 0.5, "logit_bias": ((20, 3.0), (21, -100.0)), "seed": 4},
+    {"stop_token_ids": tuple(range(30, 150)), "seed": 5},
+    {"logprobs": 2, "seed": 6},
+    {"grammar": Grammar("choice", ("yes", "no", "可能")), "seed": 7},
+    {"grammar": Grammar("regex", "[a-c]{3} 风+"), "seed": 8},
+    {"grammar": Grammar("lark", 'start: "a" "b"+'), "seed": 9},
+    {"grammar": Grammar("json_schema", '{"type": "object", "properties": {"n": {"enum": [1, 2]}}}'), "seed": 10},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLED, ids=lambda options: next(iter(options)))
+def test_whatever_a_caller_asks_for_reaches_the_engine_behind_it(tiny: Live, options: dict[str, Any]) -> None:
+    sampling = SamplingParams(max_tokens=16, temperature=0.9, **options)
+
+    async def check(engine: UpstreamEngine) -> None:
+        there = await all_of(engine.chat(user(TEXT), sampling))
+        assert there == await all_of(tiny.engine.chat(user(TEXT), sampling))
+
+    on(tiny.url, check)
+
+
+def test_what_a_server_cannot_be_told_is_refused_and_not_left_out(tiny: Live) -> None:
+    for options in ({"priority": 1}, {"grammar": Grammar("spans", ("a b",))}):
+        with pytest.raises(UpstreamRefusedError, match="cannot be passed on"):
+            ask(tiny.url, SamplingParams(**options))  # type: ignore[arg-type]
+    with pytest.raises(GaleError, match="choice"):
+        ask(tiny.url, SamplingParams(grammar=Grammar("choice", ())))
+
+
+def test_tools_are_called_as_by_the_engine_behind_it(tiny: Live) -> None:
+    word = {"type": "string", "enum": ["river", "风"]}
+    schema = {"type": "object", "properties": {"word": word}, "required": ["word"], "additionalProperties": False}
+    functions = tuple({"name": name, "description": "Looks up.", "parameters": schema} for name in ("look", "find"))
+
+    async def calls(engine: UpstreamEngine | LocalEngine, tools: Tools) -> list[Any]:
+        events = await all_of(engine.chat(user(TEXT), SamplingParams(temperature=0, max_tokens=60), tools))
+        # Ids are drawn anew by whoever answers.
+        return [replace(each, id=each.id and "id") if isinstance(each, ToolCallDelta) else each for each in events]
+
+    async def check(engine: UpstreamEngine) -> None:
+        for tools in (
+            Tools(functions, required=True, parallel=False),
+            Tools(functions[:1], required=True, parallel=False),
+            Tools(functions),
+        ):
+            there = await calls(engine, tools)
+            assert there == await calls(tiny.engine, tools)
+            assert any(isinstance(each, ToolCallDelta) for each in there) == tools.required
 
     on(tiny.url, check)
 

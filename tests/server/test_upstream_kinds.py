@@ -19,8 +19,11 @@ from gale.engine.request import (
     EngineFailedError,
     EngineOverloadedError,
     Finished,
+    ReasoningDelta,
     SamplingParams,
     TextDelta,
+    ToolCallDelta,
+    Tools,
     Usage,
 )
 from gale.engine.upstream import UpstreamEngine
@@ -255,3 +258,57 @@ def test_scores_without_ids_are_refused_and_not_made_up() -> None:
     named = whole(b"data: " + json.dumps(chunk).encode() + b"\n\n")
     with raw_server(v1__chat__completions=named) as server, pytest.raises(UpstreamRefusedError, match="no ids"):
         ask(server.url, SamplingParams(logprobs=0))
+
+
+def test_reasoning_and_tool_calls_come_in_whatever_way_a_server_writes_them() -> None:
+    def delta(**fields: Any) -> bytes:
+        return b"data: " + json.dumps({"choices": [{"index": 0, "delta": fields}]}).encode() + b"\n\n"
+
+    def call(index: int, **fields: Any) -> dict[str, Any]:
+        return {"index": index, **fields}
+
+    stream = whole(
+        delta(reasoning_content="so ", content=None),
+        delta(reasoning="then", tool_calls=None),
+        delta(content="now "),
+        delta(tool_calls=[call(1, id="a", type="function", function={"name": "f", "arguments": ""})]),
+        delta(tool_calls=[call(1, function={"arguments": '{"x": '})]),
+        delta(tool_calls=[call(1, id="a", function={"name": "f", "arguments": "1}"})]),
+        delta(tool_calls=[call(4, id=None, function={"name": "g", "arguments": "{}"})]),
+        event(None, "tool_calls", usage={"prompt_tokens": 9, "completion_tokens": 8, "prompt_tokens_details": None}),
+        DONE,
+    )
+    function = {"name": "f", "parameters": {"type": "object"}}
+    with raw_server(v1__chat__completions=stream) as server:
+        tools = Tools((function, {"name": "g"}, {"name": "h"}), only=frozenset("fg"), parallel=False)
+        events = on(server.url, lambda engine: all_of(engine.chat(user("hi"), SamplingParams(), tools)))
+        *others, second, end = events
+        assert others == [
+            ReasoningDelta("so "),
+            ReasoningDelta("then"),
+            TextDelta("now "),
+            ToolCallDelta(0, "a", "f", ""),
+            ToolCallDelta(0, None, None, '{"x": '),
+            ToolCallDelta(0, None, None, "1}"),
+        ]
+        assert (second.index, second.name, second.arguments, bool(second.id)) == (1, "g", "{}", True)
+        assert end == Finished("stop", Usage(9, 8))
+        sent = server.bodies("/v1/chat/completions")[0]
+        assert sent["tools"] == [{"type": "function", "function": each} for each in (function, {"name": "g"})]
+        assert (sent["tool_choice"], sent["parallel_tool_calls"]) == ("auto", False)
+    nameless = whole(delta(tool_calls=[call(0, id="a", function={"arguments": "{}"})]))
+    with raw_server(v1__chat__completions=nameless) as server, pytest.raises(EngineFailedError, match="no name"):
+        ask(server.url)
+
+
+def test_adapters_over_a_model_are_names_of_their_own() -> None:
+    cards = [{"id": "m", "max_model_len": 64}, {"id": "lora", "parent": "m"}, {"id": "other", "parent": "x"}]
+    answer = whole(event("a", "stop"), DONE)
+    with raw_server(v1__models=models(*cards), v1__chat__completions=answer) as server:
+
+        async def check(engine: UpstreamEngine) -> None:
+            assert (engine.model_id, engine.adapters) == ("m", ("lora",))
+            await all_of(engine.chat(user("hi"), SamplingParams(adapter="lora")))
+
+        on(server.url, check)
+        assert server.bodies("/v1/chat/completions")[0]["model"] == "lora"
