@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Wide enough for what the processor does in bf16 to be the same alone and in a batch, which narrower ones are not.
+    # So wide that an answer in bf16 does not depend on its batch even without the kernels.
     shape = {"hidden_size": 128, "intermediate_size": 256, "heads": 4, "head_dim": 32}
     return save_folder(tokenizer, tmp_path_factory.mktemp("replicas") / "tiny", **shape)
 

@@ -220,8 +220,10 @@ def test_tools_that_were_called_and_answered_are_passed_on(live: Live) -> None:
         Message(role="assistant", content="", tool_calls=[call]),
         Message(role="tool", content="42", tool_call_id="c1", name="f"),
     ]
-    on(live.url, lambda engine: all_of(engine.chat(messages, SamplingParams())))
-    assert live.engine.prompts[-1] == messages
+    nameless = [*messages[:2], Message(role="tool", content="42")]
+    for sent in (messages, nameless):
+        on(live.url, lambda engine, sent=sent: all_of(engine.chat(sent, SamplingParams())))
+        assert live.engine.prompts[-1] == messages
 
 
 def test_an_upstream_without_a_tokenizer_gets_conversations_only(live: Live) -> None:
