@@ -18,6 +18,10 @@ def serve(
         int, typer.Option(min=1, help="Requests answered or waiting at once; more are told to come back.")
     ] = 256,
     prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for prompts that begin alike.")] = True,
+    ngram_drafts: Annotated[bool, typer.Option(help="Guess ahead from what a text has said before.")] = True,
+    draft: Annotated[
+        str | None, typer.Option(help="Folder or name of a smaller model of the same vocabulary that guesses ahead.")
+    ] = None,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
@@ -36,8 +40,8 @@ def serve(
         from gale.engine.options import EngineOptions
         from gale.registry.models import resolve_model
 
-        options = EngineOptions(max_unfinished=max_requests, prefix_cache=prefix_cache)
-        engine = LocalEngine.load(resolve_model(model), options)
+        options = EngineOptions(max_unfinished=max_requests, prefix_cache=prefix_cache, ngram_drafts=ngram_drafts)
+        engine = LocalEngine.load(resolve_model(model), options, draft=resolve_model(draft) if draft else None)
         lifecycle = Lifecycle()
         app = create_app(engine, store, lifecycle=lifecycle)
 

@@ -30,6 +30,7 @@ from gale.engine.request import (
     SamplingParams,
 )
 from gale.engine.sequence import Sequence
+from gale.engine.speculation import Drafter, DraftModel, NgramDrafter, Speculation
 from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
@@ -57,11 +58,18 @@ class LocalEngine:
         model_id: str,
         end_tokens: frozenset[int] = frozenset(),
         options: EngineOptions | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         self._model = model
+        self._draft = draft
         self._options = options = options or EngineOptions()
         context = model.config.context_length
-        self._cached_tokens = options.max_cached_tokens or cached_tokens_that_fit(model)
+        self._cached_tokens = options.max_cached_tokens or cached_tokens_that_fit(model, draft)
+        if draft is not None and draft.config.vocabulary_size != model.config.vocabulary_size:
+            raise ModelError(
+                f"The draft model has {draft.config.vocabulary_size} tokens, the model {model.config.vocabulary_size}.",
+                hint="A draft model needs the same vocabulary: a smaller one of the same family.",
+            )
         if self._cached_tokens < min(_LEAST_CACHED_TOKENS, context):
             raise ModelError(
                 f"There is memory for the keys and values of {self._cached_tokens} tokens only.",
@@ -80,8 +88,11 @@ class LocalEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, options: EngineOptions | None = None) -> LocalEngine:
-        """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
+    def load(cls, folder: Path, options: EngineOptions | None = None, *, draft: Path | None = None) -> LocalEngine:
+        """Open a model folder in Hugging Face layout, and a smaller model's that guesses ahead if there is one.
+
+        Raises :class:`gale.core.errors.ModelError`.
+        """
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
         tokenizer = load_tokenizer(folder, model.config)
@@ -93,6 +104,7 @@ class LocalEngine:
             model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
             options=options,
+            draft=None if draft is None else load_model(draft, dtype=compute.dtype, device=compute.device),
         )
 
     @property
@@ -195,6 +207,9 @@ class LocalEngine:
 
     def _work(self) -> None:
         """The thread: take in requests, step while there is work, sleep while there is none."""
+        drafter: Drafter | None = NgramDrafter() if self._options.ngram_drafts else None
+        if self._draft is not None:
+            drafter = DraftModel(self._draft)
         batcher = Batcher(
             self._model,
             max_running=self._options.max_running,
@@ -202,6 +217,7 @@ class LocalEngine:
             prefill_chunk=self._options.prefill_chunk,
             pace=Pace(self._options.prefill_chunk),
             prefix_cache=self._options.prefix_cache,
+            speculation=None if drafter is None else Speculation(drafter),
         )
         while True:
             try:
