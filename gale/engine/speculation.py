@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import structlog
 import torch
 
 from gale.engine.kv_cache import OwnCaches, SequenceCache
 from gale.engine.sequence import Sequence
 from gale.model.transformer import Decoder
+
+log = structlog.get_logger()
 
 _FIRST_LENGTH = 3
 _MOST = 8  # drafts of one sequence
@@ -52,7 +55,13 @@ class Speculation:
             if count > 0:
                 wanted.append((sequence, count))
                 rows -= count
-        proposed = self._drafter.propose(wanted) if wanted else []
+        try:
+            proposed = self._drafter.propose(wanted) if wanted else []
+        except (MemoryError, RuntimeError) as error:  # no memory for guesses is no reason to fail
+            log.warning("no_drafts", error=str(error))
+            for sequence, _ in wanted:
+                self.forget(sequence)
+            return {}
         return {sequence: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True) if tokens}
 
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
