@@ -46,6 +46,7 @@ $(VENV)/.run-stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing Gale into $(VENV) (the first time takes a few minutes) ..."
 	@$(PIP) --editable .
+	@$(BIN)/python -m gale.model.kernels
 	@touch $@
 
 $(VENV)/.test-stamp: $(VENV)/.run-stamp

@@ -98,7 +98,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT")
     arguments.add_argument("--minimind", type=Path, help="checkout of minimind")
-    arguments.add_argument("--parts", nargs="+", default=["speed", "large", "quality"])
+    parts = ["speed", "large", "quality"]
+    arguments.add_argument("--parts", nargs="+", choices=parts, default=parts)
     arguments.add_argument(
         "--text", nargs="+", type=Path, default=[PRETRAINING / f"{n}.jsonl.zst" for n in ("en_textbooks", "zh_wiki")]
     )
@@ -108,22 +109,24 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=HERE / "results", help="folder for train.json and train.md")
     asked = arguments.parse_args()
     peers = {"nanoGPT": asked.nanogpt, "minimind": asked.minimind}
-    results: dict[str, Any] = {"about": about(peers)}
+    asked.out.mkdir(parents=True, exist_ok=True)
+    kept = asked.out / "train.json"
+    # A part that is not measured now stays as it was, with the machine, date and commit of its own.
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         small, large = Path(folder) / "small", Path(folder) / "large"
-        results["text"] = write_text_rows(small, asked.text)
+        text = write_text_rows(small, asked.text)
         write_random_rows(large)
-        if "speed" in asked.parts:
-            results["speed"] = speed(small, peers, asked.rounds)
-        if "large" in asked.parts:
-            results["large"] = large_shape(large, asked.large_rounds)
-        if "quality" in asked.parts:
-            results["quality"] = quality(small, peers, asked.steps)
-    table = markdown(results)
-    print(table)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "train.json").write_text(json.dumps(results, indent=2) + "\n")
-    (asked.out / "train.md").write_text(table)
+        measures = {
+            "speed": lambda: speed(small, peers, asked.rounds),
+            "large": lambda: large_shape(large, asked.large_rounds),
+            "quality": lambda: quality(small, peers, asked.steps),
+        }
+        for part in asked.parts:
+            results[part] = {"about": about(peers), "text": text, "steps": asked.steps, "rows": measures[part]()}
+    print(markdown(results))
+    kept.write_text(json.dumps(results, indent=2) + "\n")
+    (asked.out / "train.md").write_text(markdown(results))
 
 
 def about(peers: dict[str, Path | None]) -> dict[str, Any]:
@@ -267,7 +270,10 @@ def rows_of(contenders: list[Contender], *, peers: int, tokens: int) -> list[dic
 def quality(rows: Path, peers: dict[str, Path | None], steps: int) -> dict[str, list[float]]:
     """Bits per byte of held-out text after ``steps`` steps, each contender at its own settings, a figure a seed."""
     base = Job("Gale", "small", str(rows), SMALL_VOCABULARY, ROWS, steps, seed=0, score=True)
-    contenders = [Contender("Gale", replace(base, options={**MUON, **COMPILED}))]
+    contenders = [
+        Contender(f"Gale, {name}, compiled", replace(base, options={**settings, **COMPILED}))
+        for name, settings in (("AdamW", ADAMW), ("Muon", MUON))
+    ]
     for name, shape in (("nanoGPT", "small"), ("minimind", "mini")):
         if peers[name]:
             contenders.append(Contender(name, replace(base, contender=name, shape=shape, peer=str(peers[name]))))
@@ -283,12 +289,26 @@ def quality(rows: Path, peers: dict[str, Path | None], steps: int) -> dict[str, 
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables."""
-    facts = results["about"]
-    peers = ", ".join(f"{name} {commit}" for name, commit in facts["peers"].items())
-    lines = [f"{facts['machine']}; {facts['date']}, commit {facts['commit']}; {peers}.", ""]
-    for part in ("speed", "large"):
+    lines = ["Training beside the peers: tokens, and what is learnt from them."]
+    for part in ("speed", "large", "quality"):
+        if part not in results:
+            continue
+        facts, rows = results[part]["about"], results[part]["rows"]
+        peers = ", ".join(f"{name} {commit}" for name, commit in facts["peers"].items())
+        lines += ["", f"{facts['machine']}; {facts['date']}, commit {facts['commit']}; {peers}."]
+        if part == "quality":
+            tokens = results[part]["steps"] * ROWS * SMALL_TOKENS
+            lines += [
+                "",
+                f"| bits per byte after {tokens:,} tokens | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean |",
+            ]
+            lines += ["|---" * (2 + len(SEEDS)) + "|"]
+            for label, values in rows.items():
+                cells = " | ".join(f"{value:.4f}" for value in values)
+                lines += [f"| {label} | {cells} | {statistics.mean(values):.4f} |"]
+            continue
         head = None
-        for row in results.get(part, []):
+        for row in rows:
             if list(row["ratios"]) != head:
                 head = list(row["ratios"])
                 lines += [
@@ -299,12 +319,6 @@ def markdown(results: dict[str, Any]) -> str:
             ratios = " | ".join(f"{ratio:.2f}" for ratio in row["ratios"].values())
             speeds = f"{row['tokens_per_second']:,} | {row['tokens_per_cpu_second']:,}"
             lines += [f"| {row['contender']} | {speeds} | {ratios} | {row['peak_gib']:.2f} |"]
-    if scores := results.get("quality"):
-        lines += ["", f"| bits per byte | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean |"]
-        lines += ["|---" * (2 + len(SEEDS)) + "|"]
-        for label, values in scores.items():
-            cells = " | ".join(f"{value:.4f}" for value in values)
-            lines += [f"| {label} | {cells} | {statistics.mean(values):.4f} |"]
     return "\n".join(lines) + "\n"
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from gale.model.checkpoint import save_model
+from gale.model.adapter_folder import save_adapter
+from gale.model.checkpoint import load_model, save_model
 from gale.model.config import Experts, ModelConfig
+from gale.model.lora import LoraShape, adapted, add_lora
 from gale.model.transformer import Decoder
 from gale.text.template import GALE_CHAT_TEMPLATE
 from gale.text.tokenizer import Tokenizer
@@ -59,4 +61,18 @@ def save_folder(tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torc
             torch.nn.init.normal_(parameter)
     save_model(model, folder, dtype=dtype)
     tokenizer.save(folder)
+    return folder
+
+
+def save_adapter_folder(
+    base: Path, folder: Path, *, seed: int, dtype: torch.dtype = torch.float32, **shape: Any
+) -> Path:
+    """An adapter over the model folder ``base`` whose weights are drawn, so that it changes every answer."""
+    model = load_model(base, dtype=torch.float32)
+    add_lora(model, LoraShape(**{"rank": 4, "alpha": 8, **shape}), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapted(model).values():
+        for weight in (layer.lora_A.weight, layer.lora_B.weight):
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    save_adapter(model, folder, base=base, dtype=dtype)
     return folder

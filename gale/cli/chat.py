@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="Ask this one question and stop.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or name; the built-in model if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or name; built-in if not given.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message for the whole conversation.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling.")] = 0.9,

@@ -14,7 +14,7 @@ from gale.core.errors import GaleError
 
 app = typer.Typer(help="Look after models: list, show, import and export them.", no_args_is_help=True)
 
-ModelArgument = Annotated[str, typer.Argument(help="Model folder or name.")]
+ModelArgument = Annotated[str, typer.Argument(help="Model folder, GGUF file or name.")]
 
 
 class Format(StrEnum):
@@ -84,11 +84,11 @@ def show(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="A model folder in Hugging Face layout.")],
+    source: Annotated[Path, typer.Argument(help="A model folder in Hugging Face layout, or a GGUF file.")],
     name: Annotated[str | None, typer.Option(help="Name of the model.  [default: the folder's]")] = None,
     link: Annotated[bool, typer.Option("--link", help="Link to the files instead of copying them.")] = False,
 ) -> None:
-    """Check a model folder and take it into GALE_HOME/models, where every command finds it by name."""
+    """Check a model and take it into GALE_HOME/models, where every command finds it by name."""
     from gale.registry.transfer import import_model
 
     target = import_model(source, name, link=link)

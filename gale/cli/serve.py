@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
+from gale.core import files
+
+_UPSTREAM, _RAY = "Another server", "Replicas"
+
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="Model folder or name; the built-in model if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or name; built-in if not given.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
+    weights: Annotated[
+        Literal["bf16", "int8", "int4"],
+        typer.Option(help="bf16 as they are; int8 or int4 are rounded and much faster on a CPU."),
+    ] = "bf16",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A LoRA adapter to serve under a name of its own; may be repeated."),
+    ] = None,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Requests answered or waiting at once; more are told to come back.")
     ] = 256,
@@ -23,37 +36,96 @@ def serve(
         str | None, typer.Option(help="Folder or name of a smaller model of the same vocabulary that guesses ahead.")
     ] = None,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),
+    ] = None,
+    upstream_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its model, where it has several.", rich_help_panel=_UPSTREAM)
+    ] = None,
+    upstream_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable that holds its key.", rich_help_panel=_UPSTREAM),
+    ] = None,
+    upstream_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File that holds its key.", rich_help_panel=_UPSTREAM)
+    ] = None,
+    upstream_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="TOKENS", help="Its context, where it keeps that secret.", rich_help_panel=_UPSTREAM
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run the model on the Ray cluster at this address ('local' starts one here).",
+            rich_help_panel=_RAY,
+        ),
+    ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="How many times to run the model there.", rich_help_panel=_RAY)
+    ] = 1,
+    replica_cpus: Annotated[float, typer.Option(min=0.01, help="Processors for each.", rich_help_panel=_RAY)] = 1.0,
+    replica_gpus: Annotated[float, typer.Option(min=0, help="Graphics cards for each.", rich_help_panel=_RAY)] = 0.0,
 ) -> None:
     """Serve the OpenAI-compatible API and the chat page until Ctrl-C."""
     # Imported here, cheap before costly: what is wrong with the port or the database is said before torch is loaded,
     # and the other verbs do not pay for any of it.
+    from gale.cli.engines import EngineChoice, opened
     from gale.core.settings import settings
     from gale.platform.store import Store
     from gale.server.app import create_app
     from gale.server.lifecycle import Lifecycle
     from gale.server.runner import address_of, listen, run
 
+    choice = EngineChoice(
+        model,
+        weights=weights,
+        adapters=_adapters(adapter or []),
+        max_requests=max_requests,
+        prefix_cache=prefix_cache,
+        ngram_drafts=ngram_drafts,
+        draft=draft,
+        upstream=upstream,
+        upstream_model=upstream_model,
+        upstream_key_env=upstream_key_env,
+        upstream_key_file=upstream_key_file,
+        upstream_context=upstream_context,
+        ray=ray,
+        replicas=replicas,
+        replica_cpus=replica_cpus,
+        replica_gpus=replica_gpus,
+    )
     sock = listen(host, port)
     store = Store.open(db or settings().database_url)
     try:
-        from gale.engine.local import LocalEngine
-        from gale.engine.options import EngineOptions
-        from gale.registry.models import resolve_model
+        with opened(choice, port=sock.getsockname()[1]) as engine:
+            lifecycle = Lifecycle()
+            app = create_app(engine, store, lifecycle=lifecycle)
 
-        options = EngineOptions(max_unfinished=max_requests, prefix_cache=prefix_cache, ngram_drafts=ngram_drafts)
-        engine = LocalEngine.load(resolve_model(model), options, draft=resolve_model(draft) if draft else None)
-        lifecycle = Lifecycle()
-        app = create_app(engine, store, lifecycle=lifecycle)
+            def say_ready() -> None:
+                print(f"Gale is ready at {address_of(sock, host)} - model {engine.model_id} - Ctrl-C stops", flush=True)
 
-        def say_ready() -> None:
-            print(f"Gale is ready at {address_of(sock, host)} - model {engine.model_id} - Ctrl-C stops", flush=True)
+            async def serve_and_close() -> None:
+                try:
+                    await run(app, sock, lifecycle, say_ready)
+                finally:
+                    await engine.close()
 
-        async def serve_and_close() -> None:
-            try:
-                await run(app, sock, lifecycle, say_ready)
-            finally:
-                await engine.close()
-
-        asyncio.run(serve_and_close())
+            asyncio.run(serve_and_close())
     finally:
         store.close()
+
+
+def _adapters(options: list[str]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for option in options:
+        name, equals, folder = option.partition("=")
+        if not (name and equals and folder) or name in adapters:
+            raise typer.BadParameter(
+                f"{option!r}: give each as NAME=DIR, with names of their own.", param_hint="--adapter"
+            )
+        adapters[name] = files.resolve(Path(folder))
+    return adapters

@@ -23,6 +23,11 @@ class Settings(BaseSettings):
         description="Folder for everything Gale keeps: runs, models, the database.",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads for the model; 0 means one per available core.")
+    kernels: bool = Field(default=True, description="Whether to use the native kernels; off means torch alone.")
+    upstream_connect_s: float = Field(default=10, gt=0, description="Seconds until an upstream has to be reached.")
+    upstream_read_s: float = Field(
+        default=300, gt=0, description="Longest silence of an upstream or a replica, in seconds."
+    )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("home")

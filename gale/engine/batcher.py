@@ -15,10 +15,11 @@ import structlog
 import torch
 from torch import Tensor
 
+from gale.engine.adapters import BatchAdapters
 from gale.engine.kv_cache import Caches, OwnCaches, SequenceCache
 from gale.engine.pace import Pace
 from gale.engine.prefix_cache import PrefixCache
-from gale.engine.request import EngineFailedError, EngineOverloadedError, TokenScore
+from gale.engine.request import EngineFailedError, EngineOverloadedError, GrammarError, TokenScore
 from gale.engine.sampler import choose
 from gale.engine.scores import score_rows
 from gale.engine.sequence import Sequence
@@ -55,6 +56,7 @@ class Batcher:
         max_cached_tokens: int,
         prefill_chunk: int,
         caches: Caches | None = None,
+        adapters: BatchAdapters | None = None,
         pace: Pace | None = None,
         prefix_cache: bool = False,
         speculation: Speculation | None = None,
@@ -63,6 +65,7 @@ class Batcher:
         weight = model.embed_tokens.weight
         self._device = weight.device
         self._caches = caches or OwnCaches(model.config, weight.dtype, weight.device)
+        self._adapters = adapters or BatchAdapters(model)
         self._prefixes = PrefixCache(self._caches, enabled=prefix_cache)
         self._max_running = max_running
         self._max_cached_tokens = self._limit = max_cached_tokens
@@ -109,7 +112,7 @@ class Batcher:
         self._make_room()
         self._admit()
         plan = self._plan()
-        drafts = self._draft([sequence for sequence, _ in plan if sequence.unread == 1])
+        drafts = self._draft([sequence for sequence, _ in plan if sequence.unread == 1 and sequence.observer is None])
         work = self._reserve([(sequence, count + len(drafts.get(sequence, ()))) for sequence, count in plan])
         if not work:
             return
@@ -123,14 +126,17 @@ class Batcher:
             ids += (sequence.tokens[cache.length : cache.length + count] + drafts.get(sequence, []))[:count]
             positions += range(cache.length, cache.length + count)
         attend = self._caches.attention(caches, [count for _, count in work])
-        hidden_NC = self._model(
-            torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
-        )
+        with self._adapters.applied((sequence.adapter, count) for sequence, count in work):
+            hidden_NC = self._model(
+                torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
+            )
         sampled: list[tuple[Sequence, int]] = []
         low = 0
         for (sequence, count), cache in zip(work, caches, strict=True):
+            scores = self._score_prompt(sequence, hidden_NC[low : low + count], cache.length)
             cache.advance(count)
-            sequence.read(self._score_prompt(sequence, hidden_NC[low : low + count], cache.length - count))
+            sequence.observe(hidden_NC[low : low + count])
+            sequence.read(scores)
             low += count
             if sequence.unread <= 0 and not sequence.finished:  # the last token's scores are the next token's
                 sampled.append((sequence, low - 1 - len(drafts.get(sequence, ()))))
@@ -190,6 +196,8 @@ class Batcher:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             try:
                 sequence.accept(token, scores.get(row))
+            except GrammarError as error:
+                sequence.fail(error)
             except Exception as error:  # what is wrong with one answer must not end the others
                 sequence.fail(EngineFailedError("The engine failed while answering."))
                 log.exception("answer_failed", error=str(error))

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gale.model import kernels
 from gale.model.config import ModelConfig
 from gale.model.transformer import Attend, Decoder
 
@@ -32,7 +33,7 @@ def cached_tokens_that_fit(model: Decoder, draft: Decoder | None = None) -> int:
     if weight.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(weight.device)
     else:
-        free = _free_memory()
+        free = max(0, _free_memory() - model.mapped_bytes - (draft.mapped_bytes if draft else 0))
     token_bytes = sum(
         2 * each.config.layers * each.config.kv_heads * each.config.head_dim * each.embed_tokens.weight.element_size()
         for each in (model, draft)
@@ -57,6 +58,11 @@ class SequenceCache:
         self._config = config
         self._keys_LKTD, self._values_LKTD = keys_LKTD, values_LKTD
         self.length = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, K, capacity, D], of which the first :attr:`length` tokens are filled."""
+        return self._keys_LKTD, self._values_LKTD
 
     @property
     def capacity(self) -> int:
@@ -132,27 +138,37 @@ class OwnCaches:
         return CachedAttention(caches, counts, self.config)
 
 
-@dataclass(frozen=True, slots=True)
 class CachedAttention:
     """``attend`` for a batch: each sequence's new tokens stand one after another, ``counts`` of them."""
 
-    caches: list[SequenceCache]
-    counts: list[int]
-    config: ModelConfig
+    def __init__(self, caches: list[SequenceCache], counts: list[int], config: ModelConfig) -> None:
+        self.caches, self.counts, self.config = caches, counts, config
+        self._native: Any = None  # what the kernels need to know of the batch, the same for all layers
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        window, softcap = self.config.window(layer), self.config.attention_softcap
+        if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 2 == 0 and softcap is None:
+            if self._native is None:
+                self._native = kernels.sequences(
+                    [
+                        (*cache.tensors, cache.length, count)
+                        for cache, count in zip(self.caches, self.counts, strict=True)
+                    ]
+                )
+            return kernels.attend(self._native, layer, q_NHD, k_NKD, v_NKD, window)
         out_NHD = torch.empty_like(q_NHD)
-        window = self.config.sliding_window if layer >= self.config.sliding_from_layer else None
         low = 0
         for cache, count in zip(self.caches, self.counts, strict=True):
             high = low + count
             keys_KTD, values_KTD = cache.extend(layer, k_NKD[low:high], v_NKD[low:high])
-            out_NHD[low:high] = attend_one(q_NHD[low:high], keys_KTD, values_KTD, window)
+            out_NHD[low:high] = attend_one(q_NHD[low:high], keys_KTD, values_KTD, window, softcap)
             low = high
         return out_NHD
 
 
-def attend_one(q_QHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: int | None) -> Tensor:
+def attend_one(
+    q_QHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: int | None, softcap: float | None = None
+) -> Tensor:
     """Attention of a sequence's newest Q tokens over all its T tokens, causal: [Q, H, D] -> [Q, H, D]; fp32 softmax."""
     queries, _, head_dim = q_QHD.shape
     key_heads, tokens, _ = keys_KTD.shape
@@ -161,6 +177,8 @@ def attend_one(q_QHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: int 
         keys_KTD, values_KTD, tokens = keys_KTD[:, first:], values_KTD[:, first:], tokens - first
     q_KRD = q_QHD.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     scores_KRT = torch.bmm(q_KRD, keys_KTD.transpose(1, 2)).float().mul_(head_dim**-0.5)
+    if softcap is not None:
+        scores_KRT.div_(softcap).tanh_().mul_(softcap)
     if queries > 1:
         hidden_QT = torch.ones(queries, tokens, dtype=torch.bool, device=q_QHD.device).triu_(tokens - queries + 1)
         if window is not None:

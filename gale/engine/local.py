@@ -6,7 +6,8 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from collections.abc import Sequence as Many
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -14,28 +15,39 @@ import structlog
 from gale.core.device import choose_compute
 from gale.core.errors import ModelError
 from gale.core.model_folder import model_name, read_json
+from gale.engine.adapters import Adapter, BatchAdapters
 from gale.engine.batcher import Batcher
+from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.options import EngineOptions
 from gale.engine.pace import Pace
+from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
+from gale.engine.reply import Reply, tools_for_template
 from gale.engine.request import (
     ContextLengthError,
+    Decision,
+    Embeddings,
     EngineFailedError,
     EngineOverloadedError,
     Event,
     Finished,
+    Pooling,
     PromptError,
     PromptScores,
     SamplingError,
     SamplingParams,
+    Tools,
 )
 from gale.engine.sequence import Sequence
 from gale.engine.speculation import Drafter, DraftModel, NgramDrafter, Speculation
+from gale.model.adapter_folder import read_adapter_layers
 from gale.model.checkpoint import load_model, load_tokenizer
+from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
+MOST_ADAPTER_RANK = 256
 # With room for fewer tokens than this nobody could be answered.
 _LEAST_CACHED_TOKENS = 128
 _CLOSE_SECONDS = 10.0
@@ -44,7 +56,7 @@ log = structlog.get_logger()
 
 
 class LocalEngine:
-    """A model in this process. Implements :class:`gale.engine.request.Engine`.
+    """A model in this process. Implements :class:`gale.engine.request.Reader`.
 
     The event loop never computes: requests travel to the engine's thread through a queue, events travel back
     through ``call_soon_threadsafe``.
@@ -57,6 +69,7 @@ class LocalEngine:
         *,
         model_id: str,
         end_tokens: frozenset[int] = frozenset(),
+        folder: Path | None = None,
         options: EngineOptions | None = None,
         draft: Decoder | None = None,
     ) -> None:
@@ -81,6 +94,10 @@ class LocalEngine:
         self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
         self._model_id = model_id
         self._end_tokens = end_tokens
+        self._folder = folder  # where the model came from: what its adapters are compared with
+        self._adapters = BatchAdapters(model)
+        self._pooling = own_pooling(folder)
+        self._grammars = Grammars(tokenizer, vocabulary_size=model.config.vocabulary_size, end_tokens=end_tokens)
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
@@ -88,13 +105,25 @@ class LocalEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, options: EngineOptions | None = None, *, draft: Path | None = None) -> LocalEngine:
-        """Open a model folder in Hugging Face layout, and a smaller model's that guesses ahead if there is one.
+    def load(
+        cls,
+        folder: Path,
+        options: EngineOptions | None = None,
+        *,
+        weights: Weights = "bf16",
+        draft: Path | None = None,
+    ) -> LocalEngine:
+        """Open a model folder in Hugging Face layout, and that of a smaller model that guesses ahead if there is one.
 
         Raises :class:`gale.core.errors.ModelError`.
         """
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
+        quantise(model, weights, folder)
+        guesser = None
+        if draft is not None:
+            guesser = load_model(draft, dtype=compute.dtype, device=compute.device)
+            quantise(guesser, weights, draft)
         tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")
@@ -103,14 +132,48 @@ class LocalEngine:
             tokenizer,
             model_id=model_name(folder),
             end_tokens=end_tokens(folder, tokenizer),
+            folder=folder,
             options=options,
-            draft=None if draft is None else load_model(draft, dtype=compute.dtype, device=compute.device),
+            draft=guesser,
         )
 
     @property
     def model_id(self) -> str:
         """The name under which the model is served."""
         return self._model_id
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that can be asked for."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve the adapter ``folder``, Gale's or PEFT's, under ``name``, in the place of one of that name if any.
+
+        Running requests go on; may be called from any thread. Raises :class:`ModelError` for an adapter that does not
+        belong to this model, see :func:`gale.model.adapter_folder.read_adapter_layers`.
+        """
+        if not name or name == self._model_id:
+            raise ModelError(f"An adapter cannot be called {name!r}.", hint="Give it a name of its own.")
+        base = self._folder if self._folder is not None and self._folder.is_dir() else None
+        layers = read_adapter_layers(folder, self._model, base=base, most_rank=MOST_ADAPTER_RANK)
+        template, ends = None, self._end_tokens
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.load(folder)
+            theirs = tokenizer.vocabulary
+            if any(theirs.get(token) != number for token, number in self._tokenizer.vocabulary.items()):
+                raise ModelError(f"The adapter {folder} was made with another tokenizer than the model's.")
+            ends |= end_tokens(folder, tokenizer)
+            if tokenizer.chat_template is not None:
+                template = ChatTemplate(tokenizer.chat_template, self._tokenizer)
+        self._adapters.add(Adapter(name, layers, template, ends))
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; its memory is freed when the last one that runs has ended.
+
+        Raises :class:`gale.engine.request.UnknownAdapterError`.
+        """
+        self._adapters.remove(name)
 
     @property
     def context_length(self) -> int:
@@ -130,37 +193,109 @@ class LocalEngine:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        prompt = await asyncio.to_thread(self._prompt, messages)
-        events = self._run(prompt, replace(sampling, prompt_logprobs=False))
+        adapter = self._adapters.get(sampling.adapter)
+        prompt = await asyncio.to_thread(self._prompt, messages, adapter, tools)
+        reply = Reply(self._template_of(adapter).source, self._tokenizer, prompt, sampling, tools)
+        events = self._run(prompt, reply.sampling, reply=reply)
         try:
             async for event in events:
                 assert not isinstance(event, PromptScores), "not asked for"
-                yield event
+                for part in reply.events(event):
+                    yield part
         finally:
             await events.aclose()
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
+        self._check(prompt)
+        return self._run(prompt, sampling)
+
+    def _check(self, prompt: list[int]) -> None:
         if not prompt:
             raise PromptError("A prompt needs at least one token.")
         if not 0 <= min(prompt) <= max(prompt) < self._model.config.vocabulary_size:
             raise PromptError(f"This model's tokens are numbered from 0 to {self._model.config.vocabulary_size - 1}.")
-        return self._run(prompt, sampling)
 
-    async def _run(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
+    @property
+    def embedding_size(self) -> int:
+        """See :meth:`gale.engine.request.Reader.embedding_size`."""
+        return self._model.config.hidden_size
+
+    def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
+        """See :meth:`gale.engine.request.Reader.encode_chat`."""
+        return self._prompt(messages, self._adapters.get(adapter))
+
+    def encode_text(self, text: str) -> list[int]:
+        """See :meth:`gale.engine.request.Reader.encode_text`."""
+        self._refuse_megabytes(len(text))
+        return self._tokenizer.encode_whole(text)
+
+    async def embed(
+        self,
+        inputs: Many[str | list[int]],
+        *,
+        pooling: Pooling | None = None,
+        normalise: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> Embeddings:
+        """See :meth:`gale.engine.request.Reader.embed`."""
+        if dimensions is not None and not 1 <= dimensions <= self.embedding_size:
+            raise PromptError(f"This model's vectors have {self.embedding_size} dimensions.")
+        texts = await asyncio.to_thread(
+            lambda: [text if isinstance(text, list) else self.encode_text(text) for text in inputs]
+        )
+        pools = [Pool(pooling or self._pooling) for _ in texts]
+        for text in texts:
+            self._check(text)
+        await in_turns([partial(self._read, text, adapter, pool) for text, pool in zip(texts, pools, strict=True)])
+        vectors = [pool.vector(normalise=normalise, dimensions=dimensions) for pool in pools]
+        return Embeddings(vectors, sum(map(len, texts)))
+
+    async def decide(self, prompt: list[int], labels: Many[str], *, adapter: str | None = None) -> Decision:
+        """See :meth:`gale.engine.request.Reader.decide`."""
+        self._check(prompt)
+        ways = [self._tokenizer.encode(label) for label in labels]
+        if not all(ways) or len({tuple(way) for way in ways}) != max(1, len(ways)):
+            raise PromptError("There must be at least one label, and each must have a text of its own.")
+        scorer = LabelScorer(len(prompt), ways, self._model.logits)
+        if (longest := len(prompt) + scorer.further_tokens) > self.context_length:
+            raise ContextLengthError(longest, self.context_length)
+        await self._read(prompt, adapter, scorer)
+        return Decision(scorer.logprobs(), len(prompt) + scorer.label_tokens)
+
+    async def _read(self, prompt: list[int], adapter: str | None, observer: Observer) -> None:
+        """Show ``observer`` a prompt as the model reads it; nothing is written."""
+        async for _ in self._run(prompt, SamplingParams(max_tokens=0, adapter=adapter), observer=observer):
+            pass
+
+    async def _run(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        observer: Observer | None = None,
+        reply: Reply | None = None,
+    ) -> AsyncGenerator[PromptScores | Event, None]:
         room = self.context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self.context_length)
         vocabulary = self._model.config.vocabulary_size
         if any(not 0 <= token < vocabulary for token, _ in sampling.logit_bias):
             raise SamplingError("logit_bias", f"This model's tokens are numbered from 0 to {vocabulary - 1}.")
+        constraint = None
+        if sampling.grammar is not None and not self._closing:
+            constraint = await self._grammars.matcher(sampling.grammar, reply.thinking if reply else None)
         most = self._options.max_unfinished
         if self._unfinished >= most:
             raise EngineOverloadedError(f"{most} requests are being answered or wait already; try again later.")
         if self._closing or not self._thread.is_alive():
             raise EngineFailedError("The engine has stopped.")
+        adapter = self._adapters.get(sampling.adapter)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[PromptScores | Event | Exception] = asyncio.Queue()
 
@@ -170,7 +305,15 @@ class LocalEngine:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         sequence = Sequence(
-            prompt, sampling, room=room, end_tokens=self._end_tokens, stream=self._tokenizer.stream(), emit=emit
+            prompt,
+            sampling,
+            room=room,
+            end_tokens=self._end_tokens if adapter is None else adapter.end_tokens,
+            stream=self._tokenizer.stream(reply.shown if reply else None),
+            emit=emit,
+            constraint=constraint,
+            adapter=adapter,
+            observer=observer,
         )
         self._unfinished += 1
         self._inbox.put(sequence)
@@ -186,13 +329,17 @@ class LocalEngine:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
+    def _template_of(self, adapter: Adapter | None) -> ChatTemplate:
+        return self._template if adapter is None else adapter.template or self._template
+
+    def _prompt(self, messages: list[Message], adapter: Adapter | None = None, tools: Tools | None = None) -> list[int]:
         """The conversation's tokens. Raises :class:`ContextLengthError` at once for what cannot fit in any way.
 
         Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
         """
-        self._refuse_megabytes(_characters(messages))
-        return self._template.prompt(messages)
+        shown = tools_for_template(tools) if tools else None
+        self._refuse_megabytes(_characters([messages, shown]))
+        return self._template_of(adapter).prompt(messages, tools=shown)
 
     def _refuse_megabytes(self, characters: int) -> None:
         least = characters // self._tokenizer.longest_token_characters
@@ -202,6 +349,7 @@ class LocalEngine:
     async def close(self) -> None:
         """Stop all requests and the thread."""
         self._closing = True
+        self._grammars.close()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
 
@@ -212,6 +360,7 @@ class LocalEngine:
             drafter = DraftModel(self._draft)
         batcher = Batcher(
             self._model,
+            adapters=self._adapters,
             max_running=self._options.max_running,
             max_cached_tokens=self._cached_tokens,
             prefill_chunk=self._options.prefill_chunk,

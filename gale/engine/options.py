@@ -15,7 +15,7 @@ class EngineOptions:
     takes their place.
     """
 
-    max_running: int = 16
+    max_running: int = 64
     max_unfinished: int = 256
     max_cached_tokens: int | None = None
     prefill_chunk: int = 256

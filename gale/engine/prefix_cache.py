@@ -116,10 +116,12 @@ class PrefixCache:
 
     def _find(self, sequence: Sequence) -> list[tuple[_Entry, int]]:
         """Those that begin as ``sequence`` does, with the number of tokens in common that are of use to it."""
-        if not self._enabled:
+        if not self._enabled or (sequence.observer is not None and sequence.observer.whole):
             return []
-        # The last token must be read in any case, and so must those whose scores are asked for.
-        most = min(len(sequence.tokens), sequence.scored if sequence.params.prompt_logprobs else len(sequence.tokens))
+        # The last token must be read in any case, and so must those whose scores are asked for. An observer needs to
+        # see what it put behind the prompt itself, also where that is read again.
+        most = sequence.prompt_tokens if sequence.observer is not None else len(sequence.tokens)
+        most = min(most, sequence.scored) if sequence.params.prompt_logprobs else most
         for key in reversed(_chain(sequence)):
             if entries := self._by_block.get(key):
                 found = [

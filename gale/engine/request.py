@@ -6,14 +6,17 @@ OpenAI-compatible server and for replicas, so nothing above this room knows whic
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from gale.core.errors import GaleError
 from gale.text.template import Message
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Pooling = Literal["mean", "last"]
 
 
 class ContextLengthError(GaleError):
@@ -26,10 +29,26 @@ class ContextLengthError(GaleError):
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+        self.at_least = at_least
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels between processes, which needs to know how to make it again."""
+        return partial(type(self), at_least=self.at_least), (self.prompt_tokens, self.context_length)
 
 
 class PromptError(GaleError):
     """Raw tokens that the model cannot read: none at all, or a number outside of its vocabulary."""
+
+
+class UnknownAdapterError(GaleError):
+    """A request for an adapter that is not loaded, or not any more."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no adapter `{name[:200]}`.")
+
+
+class GrammarError(GaleError):
+    """A grammar that is malformed, too costly, or allows no answer; the request is at fault."""
 
 
 class SamplingError(GaleError):
@@ -46,6 +65,21 @@ class EngineOverloadedError(GaleError):
 
 class EngineFailedError(GaleError):
     """The engine broke while answering; the request is lost, later ones may work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, whole and from its first character on.
+
+    ``value`` is a JSON Schema (as JSON text), a regular expression (in the syntax of Rust's ``regex``, matched whole)
+    or a Lark grammar (in llguidance's dialect); for "choice" the options, one of which is the answer; for "spans" the
+    passages, of one of which the answer is a piece, word for word and made of whole words, ``least`` characters long
+    or longer.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "choice", "spans"]
+    value: str | tuple[str, ...]
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +100,12 @@ class SamplingParams:
     own, whatever temperature and top-p do.
 
     A lower ``priority`` is served first, and takes memory from a higher one where there is too little.
+
+    ``adapter`` names the adapter over the model that is to answer.
+
+    A ``grammar`` leaves only tokens that it allows, and ends the answer (with reason "stop") where it allows no more.
+    A model whose template has it think first does so freely. An answer cut by its length is the beginning of one that
+    the grammar allows.
     """
 
     max_tokens: int | None = None
@@ -82,7 +122,30 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    adapter: str | None = None
     priority: int = 0
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The functions that an answer may call, each as OpenAI describes one: ``name``, and ``description``,
+    ``parameters`` (a JSON Schema) and ``strict`` where given.
+
+    With ``required`` it must call at least one, held to the schemas by a grammar; ``strict`` holds every call of that
+    function so, required or not. ``only`` names those that may be called, if not all. Without ``parallel`` there is at
+    most one call.
+    """
+
+    functions: tuple[dict[str, Any], ...]
+    required: bool = False
+    only: frozenset[str] | None = None
+    parallel: bool = True
+
+    @property
+    def callable(self) -> list[dict[str, Any]]:
+        """Those that may be called."""
+        return [function for function in self.functions if self.only is None or function["name"] in self.only]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +179,27 @@ class PromptScores:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of a call of a tool. The first of a call has its ``id`` and the function's ``name``, the later ones neither;
+    the ``arguments`` of all together are the text of a JSON object, or the beginning of one in an answer cut short.
+
+    ``index`` counts the calls of an answer.
+    """
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """More text of the answer: whole characters only, stop strings held back.
 
@@ -135,7 +219,30 @@ class Finished:
     usage: Usage
 
 
-Event = TextDelta | Finished
+Event = TextDelta | ReasoningDelta | ToolCallDelta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector for each text, in their order, and how many tokens were read for all."""
+
+    vectors: list[list[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The natural log-probability of each label as what follows the prompt, and how many tokens were read."""
+
+    logprobs: list[float]
+    prompt_tokens: int
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Of each label, if the answer is one of them: they sum to 1."""
+        best = max(self.logprobs)
+        weights = [math.exp(logprob - best) for logprob in self.logprobs]
+        return [weight / sum(weights) for weight in weights]
 
 
 class Engine(Protocol):
@@ -149,6 +256,10 @@ class Engine(Protocol):
         """The name under which the model is served."""
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters over the model, for ``SamplingParams.adapter``."""
+
+    @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
 
@@ -158,11 +269,14 @@ class Engine(Protocol):
         Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
         """
 
-    def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
-        """Answer a conversation: any number of :class:`TextDelta`, then one :class:`Finished`.
+    def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Answer a conversation: any number of deltas, then one :class:`Finished`.
 
         Closing the generator (``aclose``, or cancelling the task that reads it) stops the generation within one
-        step. Raises :class:`ContextLengthError` or :class:`EngineOverloadedError` before the first event and
+        step. Raises :class:`ContextLengthError`, :class:`UnknownAdapterError`, :class:`EngineOverloadedError` or
+        :class:`GrammarError` (also where the model's template has no tools) before the first event, and
         :class:`EngineFailedError` at any time.
         """
 
@@ -171,6 +285,9 @@ class Engine(Protocol):
 
         Raises :class:`ContextLengthError` as :meth:`count_prompt_tokens` does.
         """
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """The tokens that :meth:`chat` answers. Raises as :meth:`count_prompt_tokens` does."""
 
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """What one token adds to a text, which may be part of a character; control tokens add nothing unless shown.
@@ -187,3 +304,45 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop all requests and free the model."""
+
+
+@runtime_checkable
+class Reader(Engine, Protocol):
+    """An engine that can also answer by reading alone. ``embed`` and ``decide`` are called as ``chat`` is."""
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers of a whole vector."""
+
+    def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
+        """The tokens the model reads before it answers ``messages``. Raises :class:`ContextLengthError`."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of a text to embed, with what the tokenizer puts around a text; none of it is taken for control.
+
+        Raises :class:`ContextLengthError` for what is far too long.
+        """
+
+    async def embed(
+        self,
+        inputs: Sequence[str | list[int]],
+        *,
+        pooling: Pooling | None = None,
+        normalise: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> Embeddings:
+        """A vector for each text: the mean of its tokens' last hidden states, or the last token's.
+
+        Without ``pooling`` it is what the model's folder names, else the mean. ``dimensions`` keeps the first so many
+        numbers, before vectors are scaled to length 1. Raises as :meth:`Engine.complete` does, and
+        :class:`PromptError` for more dimensions than there are.
+        """
+
+    async def decide(self, prompt: list[int], labels: Sequence[str], *, adapter: str | None = None) -> Decision:
+        """How likely the model goes on with each label, of one or more tokens; the prompt is read once.
+
+        A label's tokens are those of its text alone, right behind the prompt: a space between them is the caller's to
+        write. Nothing is said of what follows: of the labels "a" and "ab", the first includes part of the second.
+        Raises as :meth:`Engine.complete` does, :class:`PromptError` for no labels, equal ones or an empty one.
+        """

@@ -54,7 +54,7 @@ def generate(
     The model's training mode and gradients stay as they are. Without ``logprobs`` in ``sampling`` there are none.
     An answer with a ``seed`` is the same whatever is generated beside it, but for the last bits of its scores.
     Raises :class:`ContextLengthError` where a prompt leaves no room for an answer, ``ValueError`` for an empty prompt
-    or for stop strings, which belong to text, and :class:`EngineFailedError` where an answer failed.
+    or for stop strings and grammars, which belong to text, and :class:`EngineFailedError` where an answer failed.
     """
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     answers = [_Answer(model, prompt, params, end_tokens) for prompt, params in zip(prompts, each, strict=True)]
@@ -121,8 +121,8 @@ class _Answer:
         room = model.config.context_length - len(prompt)
         if room < 1:
             raise ContextLengthError(len(prompt), model.config.context_length)
-        if not prompt or params.stop:
-            raise ValueError("a rollout needs a prompt of at least one token, and knows no stop strings")
+        if not prompt or params.stop or params.grammar:
+            raise ValueError("a rollout needs a prompt of at least one token, and knows no stop strings or grammars")
         self._prompt = prompt
         self._last: PromptScores | Event | Exception | None = None
         self.sequence = Sequence(

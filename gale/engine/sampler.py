@@ -29,6 +29,10 @@ _LEAST_TEMPERATURE = 1e-30
 class Constraint(Protocol):
     """What an answer may say, token by token."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more may follow."""
+
     def mask(self, logits_V: Tensor) -> None:
         """Set the scores of all tokens that may not come next to minus infinity, in place."""
 
@@ -59,6 +63,11 @@ class Sampler:
     def edits(self) -> bool:
         """Whether :meth:`edit` does anything."""
         return self._penalties is not None or self.constraint is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether a constraint allows nothing more."""
+        return self.constraint is not None and self.constraint.complete
 
     def edit(self, logits_V: Tensor) -> None:
         """Change the scores of the next token, in place, as parameters and constraint ask for."""

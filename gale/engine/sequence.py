@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Set
+from collections.abc import Callable, Set
 from typing import Protocol
 
+from torch import Tensor
+
+from gale.engine.adapters import Adapter
 from gale.engine.kv_cache import SequenceCache
+from gale.engine.reading import Observer
 from gale.engine.request import (
     Event,
     Finished,
@@ -44,25 +48,28 @@ class Sequence:
         stream: TextStream,
         emit: Callable[[PromptScores | Event | Exception], None],
         constraint: Constraint | None = None,
-        namespace: Hashable = None,
+        adapter: Adapter | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
         self.cache: SequenceCache | None = None  # what the model has read of them; none while the sequence waits
         self.cached_tokens = 0  # of the prompt, copied from what others had read
-        self.namespace = namespace  # keys and values are shared within one only, such as that of an adapter
+        self.namespace = adapter and adapter.namespace  # keys and values are of use to those with the same only
         self.block_keys: list[int] = []  # see gale.engine.prefix_cache
         self.order = (params.priority, 0)
         self.sampler = Sampler(params, prompt, constraint)
         self.emit = emit
         self.params = params
+        self.adapter = adapter
+        self.observer = observer
         self.logprobs: list[float] = []
         self.cancelled = False
         self.finished = False
         self._prompt_read = False
         self._prompt_scores = [TokenScore(prompt[0], None)]
         self._limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        self.most_tokens = len(prompt) + self._limit
+        self.most_tokens = len(prompt) + self._limit + (observer.further_tokens if observer else 0)
         self._end_tokens = end_tokens | set(params.stop_token_ids)
         self._stream = stream
         self._stops = StopScanner(params.stop)
@@ -81,6 +88,12 @@ class Sequence:
     def scored(self) -> int:
         """Tokens of the prompt whose scores are known."""
         return len(self._prompt_scores)
+
+    def observe(self, hidden_KC: Tensor) -> None:
+        """Show the observer, if there is one, what was just read; it may put other tokens behind the prompt."""
+        if self.observer is not None and self.cache is not None:
+            unread = self.observer.observe(hidden_KC, self.cache, self.tokens[self.cache.length :])
+            self.tokens[self.cache.length :] = unread
 
     def read(self, scores: list[TokenScore]) -> None:
         """Take the scores of the prompt's next tokens, and finish after the last one if nothing is to be generated."""
@@ -106,6 +119,8 @@ class Sequence:
             text = self._stops.push(self._stream.push(token))
             if self._stops.stopped:
                 reason = "stop"
+            elif self.sampler.complete:
+                text, reason = text + self._stops.flush(), "stop"
             elif len(self.tokens) >= self.most_tokens:
                 text, reason = text + self._stops.flush(), "length"
         if text or score is not None:

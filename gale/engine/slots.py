@@ -107,16 +107,15 @@ class SlotAttention:
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         out_NHD = torch.empty_like(q_NHD)
-        windowed = layer >= self._slots.config.sliding_from_layer
-        window = self._slots.config.sliding_window if windowed else None
+        window, softcap = self._slots.config.window(layer), self._slots.config.attention_softcap
         for low, high, cache in self._longer:
             keys_KTD, values_KTD = cache.extend(layer, k_NKD[low:high], v_NKD[low:high])
-            out_NHD[low:high] = attend_one(q_NHD[low:high], keys_KTD, values_KTD, window)
+            out_NHD[low:high] = attend_one(q_NHD[low:high], keys_KTD, values_KTD, window, softcap)
         if len(self._rows_S):
             keys_SKTD, values_SKTD = self._slots.keys_LSKTD[layer], self._slots.values_LSKTD[layer]
             keys_SKTD[self._places_S, :, self._lengths_S] = k_NKD[self._rows_S]
             values_SKTD[self._places_S, :, self._lengths_S] = v_NKD[self._rows_S]
-            out_PHD = self._attend_together(q_NHD[self._row_P], keys_SKTD, values_SKTD, windowed)
+            out_PHD = self._attend_together(q_NHD[self._row_P], keys_SKTD, values_SKTD, window is not None)
             out_NHD[self._rows_S] = out_PHD[self._places_S]
         return out_NHD
 
@@ -126,6 +125,8 @@ class SlotAttention:
         values_XTD = values_SKTD[:slots, :, : self._tokens].flatten(0, 1)
         q_XGD = q_PHD.view(slots * key_heads, -1, head_dim)
         scores_XGT = torch.bmm(q_XGD, keys_XTD.transpose(1, 2)).float().mul_(head_dim**-0.5)
+        if (softcap := self._slots.config.attention_softcap) is not None:
+            scores_XGT.div_(softcap).tanh_().mul_(softcap)
         scores_PHT = scores_XGT.view(slots, -1, self._tokens)
         scores_PHT.masked_fill_(self._future_PT[:, None], float("-inf"))
         if windowed and self._left_behind_PT is not None:

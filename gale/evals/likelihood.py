@@ -110,13 +110,7 @@ def _score(model: Decoder, pieces: list[_Piece]) -> list[float]:
     lengths = [len(ids) - 1 for ids, _ in pieces]
     inputs = torch.tensor([token for ids, _ in pieces for token in ids[:-1]], device=device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    attend = PackedAttention(
-        lengths,
-        device,
-        sliding_window=model.config.sliding_window,
-        sliding_from_layer=model.config.sliding_from_layer,
-    )
-    hidden = model(inputs, positions, attend)
+    hidden = model(inputs, positions, PackedAttention(lengths, device, config=model.config))
     rows: list[int] = []
     targets: list[int] = []
     start = 0

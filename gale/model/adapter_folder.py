@@ -20,7 +20,7 @@ from gale.core import files
 from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
 from gale.model.checkpoint import fingerprint, load_model, save_model
-from gale.model.lora import LoraShape, adapted, add_lora, decoder_of, merge_lora
+from gale.model.lora import ROUTER, LoraShape, adapted, add_lora, decoder_of, merge_lora
 from gale.model.reward_model import RewardModel, is_reward_model, load_reward_model, save_reward_model
 from gale.model.transformer import Decoder
 
@@ -65,8 +65,8 @@ def save_adapter(model: Decoder | RewardModel, folder: Path, *, base: Path, dtyp
     files.write_json(folder / _BASE, {"sha256": fingerprint(base)})
 
 
-def read_adapter(folder: Path, *, base: Path) -> tuple[LoraShape, dict[str, Tensor]]:
-    """Shape and weights of an adapter for ``base``, Gale's or PEFT's.
+def read_adapter(folder: Path, *, base: Path | None) -> tuple[LoraShape, dict[str, Tensor]]:
+    """Shape and weights of an adapter for ``base``, Gale's or PEFT's; None does not ask what it was made for.
 
     Raises :class:`ModelError` for another kind of adapter, for damage, and for an adapter of another base.
     """
@@ -77,8 +77,8 @@ def read_adapter(folder: Path, *, base: Path) -> tuple[LoraShape, dict[str, Tens
         _refuse_other_kinds(folder, config)
     except TypeError as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} holds a value of the wrong kind: {error}") from error
-    noted = read_json(folder / _BASE).get("sha256")
-    if noted not in (None, fingerprint(base)):
+    noted = None if base is None else read_json(folder / _BASE).get("sha256")
+    if base is not None and noted is not None and noted != fingerprint(base):
         raise ModelError(
             f"The adapter {folder} was made for another base than {base}.",
             hint=f"It was trained over {config.get('base_model_name_or_path') or 'a model it does not name'}.",
@@ -104,6 +104,50 @@ def read_adapter(folder: Path, *, base: Path) -> tuple[LoraShape, dict[str, Tens
     except (SafetensorError, OSError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"The adapter {folder} is damaged: {error}", hint="Copy it again.") from error
     return shape, tensors
+
+
+def read_adapter_layers(
+    folder: Path, model: Decoder, *, base: Path | None, most_rank: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [rank, in] and B [out, rank] of each adapted layer of ``model``, which stays as it is, by the layer's name.
+
+    The scale is in B; both are in the model's number format and on its device. Shapes are those that the model's
+    configuration asks for: whatever computes in the place of a linear layer has them.
+    Raises :class:`ModelError` as :func:`read_adapter` does, for ranks above ``most_rank``, for the adapter of a reward
+    model, and where names or shapes do not fit the model.
+    """
+    shape, tensors = read_adapter(folder, base=base)
+    if _SCORE in tensors:
+        raise ModelError(f"The adapter {folder} makes a reward model of its base, which scores texts and writes none.")
+    if not 1 <= shape.rank <= most_rank:
+        raise ModelError(f"The adapter {folder} has rank {shape.rank}; at most {most_rank} is served.")
+    like = model.embed_tokens.weight
+    with torch.device("meta"):
+        linears = {
+            name: each for name, each in Decoder(model.config).named_modules() if isinstance(each, torch.nn.Linear)
+        }
+    there = {name for name, _ in model.named_modules()}
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in shape.targets:
+        linear = linears.get(name)
+        if linear is None or name not in there or not name.startswith("layers.") or name.endswith(ROUTER):
+            raise ModelError(
+                f"The adapter {folder} was made for another base: the model has no linear layer {name} to adapt."
+            )
+        pair: list[Tensor] = []
+        for part, wanted in (("A", [shape.rank, linear.in_features]), ("B", [linear.out_features, shape.rank])):
+            weight = tensors.pop(full := f"{_PREFIX}model.{name}.lora_{part}.weight", None)
+            if weight is None or list(weight.shape) != wanted:
+                found = "is missing" if weight is None else f"has shape {list(weight.shape)}"
+                raise ModelError(
+                    f"The adapter {folder} was made for another base: its {full} {found}, "
+                    f"where the model needs {wanted}."
+                )
+            pair.append(weight.float() * (shape.alpha / shape.rank) if part == "B" else weight)
+        layers[name] = (pair[0].to(like), pair[1].to(like))
+    if tensors:
+        raise ModelError(f"The adapter {folder} holds, without a place for it in the model, the weight {min(tensors)}.")
+    return layers
 
 
 def load_adapter(model: Decoder | RewardModel, folder: Path, *, base: Path) -> None:

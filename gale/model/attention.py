@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gale.model.config import ModelConfig
+
 # Large enough for efficient matrix products, small enough that a block's scores stay in the processor's cache.
 _QUERY_BLOCK = 64
 
@@ -25,20 +27,16 @@ _QUERY_BLOCK = 64
 class PackedAttention:
     """``attend`` for N tokens that are documents of ``lengths`` tokens, one after another (they sum to N).
 
-    From layer ``sliding_from_layer`` on a token sees only the ``sliding_window`` newest tokens, itself among them
-    (Jiang et al. 2023); None means all of its document so far.
+    ``config`` says in which layers a token sees only the newest tokens, itself among them (Jiang et al. 2023), and
+    whether scores are soft-capped; without it, every token sees all of its document so far.
     """
 
     def __init__(
-        self,
-        lengths: list[int],
-        device: torch.device | None = None,
-        *,
-        sliding_window: int | None = None,
-        sliding_from_layer: int = 0,
+        self, lengths: list[int], device: torch.device | None = None, *, config: ModelConfig | None = None
     ) -> None:
         assert lengths and min(lengths) > 0, "documents have at least one token"
-        self._window, self._window_from_layer = sliding_window or 0, sliding_from_layer
+        self._windows = [config.window(layer) or 0 for layer in range(config.layers)] if config else []
+        self._softcap = (config.attention_softcap if config else None) or 0.0
         sizes = torch.tensor(lengths, dtype=torch.int64)
         starts = sizes.cumsum(0) - sizes
         order = torch.argsort(sizes, descending=True, stable=True)
@@ -54,19 +52,28 @@ class PackedAttention:
         self.sizes_B = sizes[order]
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        window = self._window if layer >= self._window_from_layer else 0
-        out: Tensor = packed_attention(q_NHD, k_NKD, v_NKD, self.gather_BL, self.place_N, self.sizes_B, window)
+        window = self._windows[layer] if self._windows else 0
+        out: Tensor = packed_attention(
+            q_NHD, k_NKD, v_NKD, self.gather_BL, self.place_N, self.sizes_B, window, self._softcap
+        )
         return out
 
 
 # A custom operator, so that torch.compile takes it as one opaque step instead of compiling anew for every packing.
 @torch.library.custom_op("gale::packed_attention", mutates_args=())
 def packed_attention(
-    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, gather_BL: Tensor, place_N: Tensor, sizes_B: Tensor, window: int
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    gather_BL: Tensor,
+    place_N: Tensor,
+    sizes_B: Tensor,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     """Softmax attention of each token over itself and the earlier tokens of its document: [N, H, D] -> [N, H, D].
 
-    ``window`` is the number of newest tokens seen, 0 for all.
+    ``window`` is the number of newest tokens seen, 0 for all; ``softcap`` bends scores, 0 leaves them.
     """
     blocks = _blocks(sizes_B, window)
     q_PD = _take(q_NHD, _tiles(gather_BL, blocks))
@@ -74,13 +81,20 @@ def packed_attention(
     out_PD = torch.empty_like(q_PD)
     for block, q_MRD, out_MRD in _by_block(blocks, k_NKD.shape[1], q_NHD.shape[1], q_PD, out_PD):
         k_MSD, v_MSD = (_keys(x_MLD, len(q_MRD), block).contiguous() for x_MLD in (k_MLD, v_MLD))
-        torch.bmm(_probabilities(q_MRD, k_MSD, window), v_MSD, out=out_MRD)
+        torch.bmm(_probabilities(q_MRD, k_MSD, window, softcap)[0], v_MSD, out=out_MRD)
     return _put_back(out_PD, _slots(place_N, blocks, gather_BL.shape[1]), _QUERY_BLOCK, q_NHD)
 
 
 @packed_attention.register_fake
 def _(
-    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, gather_BL: Tensor, place_N: Tensor, sizes_B: Tensor, window: int
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    gather_BL: Tensor,
+    place_N: Tensor,
+    sizes_B: Tensor,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     return torch.empty_like(q_NHD, memory_format=torch.contiguous_format)
 
@@ -95,6 +109,7 @@ def packed_attention_backward(
     place_N: Tensor,
     sizes_B: Tensor,
     window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the probabilities are computed again rather than kept (Dao et al. 2022)."""
     blocks = _blocks(sizes_B, window)
@@ -116,9 +131,11 @@ def packed_attention_backward(
     for block, q_MRD, do_MRD, dq_MRD in _by_block(blocks, k_NKD.shape[1], q_NHD.shape[1], q_PD, grad_PD, dq_PD):
         k_MSD, v_MSD = (_keys(x_MLD, len(q_MRD), block).contiguous() for x_MLD in (k_MLD, v_MLD))
         dk_MSD, dv_MSD = (_keys(x_MLD, len(q_MRD), block) for x_MLD in (dk_MLD, dv_MLD))
-        p_MRS = _probabilities(q_MRD, k_MSD, window)
+        p_MRS, slope_MRS = _probabilities(q_MRD, k_MSD, window, softcap)
         dp_MRS = torch.bmm(do_MRD, v_MSD.transpose(1, 2))
         ds_MRS = torch._softmax_backward_data(dp_MRS, p_MRS, -1, p_MRS.dtype)
+        if slope_MRS is not None:
+            ds_MRS *= slope_MRS
         dq_MRD.baddbmm_(ds_MRS, k_MSD, beta=0, alpha=scale)
         dk_MSD.add_(torch.bmm(ds_MRS.transpose(1, 2), q_MRD), alpha=scale)
         dv_MSD += torch.bmm(p_MRS.transpose(1, 2), do_MRD)
@@ -140,18 +157,20 @@ def _(
     place_N: Tensor,
     sizes_B: Tensor,
     window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_NHD, k_NKD, v_NKD))
     return q, k, v
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.window = inputs
+    *tensors, ctx.window, ctx.softcap = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:
-    return (*packed_attention_backward(grad_NHD, *ctx.saved_tensors, ctx.window), None, None, None, None)
+    gradients = packed_attention_backward(grad_NHD, *ctx.saved_tensors, ctx.window, ctx.softcap)
+    return (*gradients, None, None, None, None, None)
 
 
 packed_attention.register_autograd(_backward, setup_context=_save)
@@ -207,17 +226,25 @@ def _slots(place_N: Tensor, blocks: list[_Block], length: int) -> Tensor:
     return ((counts.cumsum(0) - counts)[block_N] + document_N) * _QUERY_BLOCK + position_N % _QUERY_BLOCK
 
 
-def _probabilities(q_MRD: Tensor, k_MSD: Tensor, window: int) -> Tensor:
-    """Attention weights [M, R, S] of a block of queries over their documents' keys; the last query is the last key."""
+def _probabilities(q_MRD: Tensor, k_MSD: Tensor, window: int, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Attention weights [M, R, S] of a block of queries over their documents' keys; the last query is the last key.
+
+    With a soft-cap also its slope at each score, for the gradient.
+    """
     (rows, queries, size), keys = q_MRD.shape, k_MSD.shape[1]
     scores_MRS = q_MRD.new_empty(rows, queries, keys).baddbmm_(q_MRD, k_MSD.transpose(1, 2), beta=0, alpha=size**-0.5)
+    slope_MRS: Tensor | None = None
+    if softcap:
+        bent_MRS = scores_MRS.div_(softcap).tanh_()
+        slope_MRS = 1 - bent_MRS.square()
+        scores_MRS = bent_MRS.mul_(softcap)
     scores_MGQS = scores_MRS.view(rows, -1, _QUERY_BLOCK, keys)
     # Minus infinity where a query may not look: at keys after its own, and at those its window has left behind.
     hidden_QQ = q_MRD.new_full((_QUERY_BLOCK, _QUERY_BLOCK), float("-inf")).triu_(1)
     scores_MGQS[..., -_QUERY_BLOCK:] += hidden_QQ
     if window:
         scores_MGQS += q_MRD.new_full((_QUERY_BLOCK, keys), float("-inf")).tril_(keys - _QUERY_BLOCK - window)
-    return torch.softmax(scores_MRS, -1)
+    return torch.softmax(scores_MRS, -1), slope_MRS
 
 
 def _take(x_NHD: Tensor, tokens_XS: Tensor) -> Tensor:

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from gale.core import files
 from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
 from gale.model.config import ModelConfig
+from gale.model.experts import ExpertWeights
+from gale.model.safetensors_file import MappedFile, read_header, write
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# What stands before our names: in models of text, and in those of text and images as older and newer folders have it.
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+_OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
+# A part of ours as a view and, where it is a whole parameter, the name of that.
+_Place = tuple[Tensor, str | None]
+
+
+class _Whole(NamedTuple):
+    name: str
+    others: tuple[str, ...]
+
+
+# Matrices that are stored as one: by the first of ours, the name of the whole and the others; by those, None.
+_FUSED: dict[str, dict[str, _Whole | None]] = {
+    "phi3": {
+        "q_proj.weight": _Whole("qkv_proj.weight", ("k_proj.weight", "v_proj.weight")),
+        "k_proj.weight": None,
+        "v_proj.weight": None,
+        "gate_proj.weight": _Whole("gate_up_proj.weight", ("up_proj.weight",)),
+        "up_proj.weight": None,
+    }
+}
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | None = None) -> Decoder:
     """The decoder of a model folder, in evaluation mode. Raises :class:`ModelError`.
 
     Nothing is built before names and shapes of the stored weights have been compared with the configuration, which
-    may ask for anything. Weights are converted one tensor at a time, so no more than one is ever held twice.
+    may ask for anything. On a CPU, weights that are stored in ``dtype`` are not read but mapped into memory
+    (:class:`gale.model.safetensors_file.MappedFile`): they may be trained, and the file stays as it is. All others are
+    converted one tensor at a time, so no more than one is ever held twice.
     """
     return load_decoder(folder, ModelConfig.load(folder), dtype=dtype, device=device)
 
@@ -48,18 +73,55 @@ def load_decoder(
     """
     beside = beside or {}
     check_weights(folder, config, beside)
+    with assembling(config, dtype=dtype, device=device) as (model, take):
+        for path in weight_files(folder):
+            mapped = MappedFile(path)
+            for name, stored in _names(mapped.header, config):
+                if name in beside:
+                    with torch.no_grad():
+                        beside[name].copy_(mapped.tensor(stored))
+                elif kept := take(name, mapped.tensor(stored)):
+                    model.mapped_bytes += kept
+                else:
+                    mapped.forget(stored)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def assembling(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None
+) -> Iterator[tuple[Decoder, Callable[[str, Tensor], int]]]:
+    """A decoder without weights, and the function that takes them in, by the names of :func:`stored_weights`.
+
+    What has the wanted number format and device becomes a parameter as it is, without a copy; the function says how
+    many bytes of it did. Otherwise, and for experts, which are stacked, it is copied.
+    """
+    device = device or torch.device("cpu")
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
-    model.to_empty(device=device or torch.device("cpu"))
-    # Built on the meta device, the tie and the rotary table were left without content.
-    model.retie()
-    wanted = dict(stored_weights(model))
-    for path in weight_files(folder):
-        with _opened(path) as weights:
-            for name, stored in _names(weights, config):
+    for module in model.modules():
+        if isinstance(module, ExpertWeights):
+            module.to_empty(device=device)
+    places = dict(_places(model))
+
+    def take(name: str, weight: Tensor) -> int:
+        kept = 0
+        parts = places.pop(name)
+        for part, place in zip(weight.split([len(part) for part, _ in parts]), parts, strict=True):
+            here, parameter = place
+            if parameter is None:
                 with torch.no_grad():
-                    (beside[name] if name in beside else wanted[name]).copy_(weights.get_tensor(stored))
-    return model.eval()
+                    here.copy_(part)
+                continue
+            module, _, leaf = parameter.rpartition(".")
+            ours = part.to(device, dtype)
+            kept += ours.nbytes if ours.data_ptr() == part.data_ptr() else 0
+            setattr(model.get_submodule(module), leaf, nn.Parameter(ours))
+        return kept
+
+    yield model, take
+    assert not places, "every weight was taken in"
+    model.retie()
 
 
 def save_model(
@@ -74,22 +136,27 @@ def save_model(
 
     ``beside`` are weights outside the decoder by name, ``settings`` what ``config.json`` says further or otherwise.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, weight in stored_weights(model):
-        full = name if name.startswith("lm_head.") else f"model.{name}"
-        tensors[full] = weight.detach().to("cpu", dtype).contiguous()
-    tensors |= {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in (beside or {}).items()}
-    files.write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    weights = itertools.chain(full_names(stored_weights(model)), (beside or {}).items())
+    shapes = {name: (dtype, list(weight.shape)) for name, weight in weights}
+    weights = itertools.chain(full_names(stored_weights(model)), (beside or {}).items())
+    write(folder / WEIGHTS, shapes, ((name, weight.detach().to("cpu", dtype)) for name, weight in weights))
     files.write_json(folder / "config.json", {**model.config.to_hugging_face(dtype=_NAMES[dtype]), **(settings or {})})
+
+
+def full_names(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The names of :func:`stored_weights` as they stand in a file."""
+    for name, weight in weights:
+        yield name if name.startswith("lm_head.") else f"model.{name}", weight
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of a model folder, which must not know more tokens than its model. Raises :class:`ModelError`."""
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocabulary_size > config.vocabulary_size:
+    known = max(tokenizer.vocabulary.values(), default=-1) + 1
+    if known > config.vocabulary_size:
         raise ModelError(
-            f"{folder}: the tokenizer knows {tokenizer.vocabulary_size} tokens, "
-            f"the model only {config.vocabulary_size}."
+            f"{folder}: the tokenizer knows {known} tokens, the model only {config.vocabulary_size}.",
+            hint="Take tokenizer.json from the same place as the weights.",
         )
     return tokenizer
 
@@ -111,31 +178,44 @@ def check_weights(
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The number format in which weights are stored; fp32 where they differ or it is one Gale does not write."""
-    found = set()
-    for path in weight_files(folder):
-        with _opened(path) as weights:
-            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return kinds.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+    found = {tensor.dtype for path in weight_files(folder) for tensor in read_header(path).values()}
+    return found.pop() if len(found) == 1 and found <= _NAMES.keys() else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How ``config.json`` calls a number format that Gale writes."""
+    return _NAMES[dtype]
 
 
 def stored_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Every weight as Hugging Face stores it: its name there, without ``model.``, and the part of ours that holds it.
+    """Every weight as Hugging Face stores it, by its name there without ``model.``.
 
-    A tied parameter comes once, under its first name. Stacked experts come one by one, as views.
+    A tied parameter comes once, under its first name. Stacked experts come one by one, as views; what Phi-3 stores as
+    one matrix is put together.
     """
+    for name, parts in _places(model):
+        yield name, parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
+
+
+def _places(model: Decoder) -> Iterator[tuple[str, list[_Place]]]:
+    """What :func:`stored_weights` names, as those parts of ours that it consists of, one below the other."""
+    fused = _FUSED.get(model.config.family, {})
     for name, parameter in model.named_parameters():
         stack, _, kind = name.rpartition(".")
-        if not stack.endswith("mlp.experts"):
-            yield name, parameter
-            continue
-        for expert, weight in enumerate(parameter):
-            if kind == "gate_up_proj":
-                gate_IC, up_IC = weight.chunk(2)
-                yield f"{stack}.{expert}.gate_proj.weight", gate_IC
-                yield f"{stack}.{expert}.up_proj.weight", up_IC
-            else:
-                yield f"{stack}.{expert}.{kind}.weight", weight
+        _, _, own = name.partition(".self_attn." if ".self_attn." in name else ".mlp.")
+        if stack.endswith("mlp.experts"):
+            for expert, weight in enumerate(parameter):
+                if kind == "gate_up_proj":
+                    gate_IC, up_IC = weight.chunk(2)
+                    yield f"{stack}.{expert}.gate_proj.weight", [(gate_IC, None)]
+                    yield f"{stack}.{expert}.up_proj.weight", [(up_IC, None)]
+                else:
+                    yield f"{stack}.{expert}.{kind}.weight", [(weight, None)]
+        elif own not in fused:
+            yield name, [(parameter, name)]
+        elif whole := fused[own]:
+            names = [name.removesuffix(own) + part for part in (own, *whole.others)]
+            yield name.removesuffix(own) + whole.name, [(model.get_parameter(part), part) for part in names]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -161,34 +241,32 @@ def fingerprint(folder: Path) -> str:
     return files.sha256_of_all(weight_files(folder))
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as weights:
-            yield weights
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged or cut short: {error}", hint="Copy or download the file again.") from error
-
-
-def _names(weights: Any, config: ModelConfig) -> Iterator[tuple[str, str]]:
+def _names(stored: Iterable[str], config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Our name and the stored name of each weight of a file that is ours to read."""
-    for stored in weights.keys():  # noqa: SIM118 (the library's handle is no dictionary)
-        name = stored.removeprefix("model.")
+    for whole in stored:
+        name = next((whole.removeprefix(prefix) for prefix in _PREFIXES if whole.startswith(prefix)), whole)
+        if config.family == "gemma3_text" and name.startswith(_OF_IMAGES):
+            continue
         if name == "lm_head.weight" and config.tied_embeddings:
             continue  # some folders store the tied head a second time
         if name.endswith("rotary_emb.inv_freq"):
             continue  # old Llama folders store the rotary table, which follows from the configuration
-        yield name, stored
+        yield name, whole
 
 
 def _stored_shapes(paths: list[Path], config: ModelConfig) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for path in paths:
-        with _opened(path) as weights:
-            for name, stored in _names(weights, config):
-                shape = list(weights.get_slice(stored).get_shape())
-                if shapes.setdefault(name, shape) != shape:
-                    raise ModelError(f"{path} holds another weight {name} than the one before it.")
+        header = read_header(path)
+        for name, stored in _names(header, config):
+            tensor = header[stored]
+            if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+                raise ModelError(
+                    f"{path}: weight {name} holds {tensor.dtype} numbers.", hint="Use the model's bf16 checkpoint."
+                )
+            if name in shapes:
+                raise ModelError(f"{path} holds another weight {name} beside the one before it.")
+            shapes[name] = tensor.shape
     return shapes
 
 
@@ -214,7 +292,7 @@ def _check_shapes(folder: Path, config: ModelConfig, stored: dict[str, list[int]
         for name, weight in stored_weights(model):
             for layer in of_kind if name.startswith("layers.") else [0]:
                 wanted[name.replace("layers.0.", f"layers.{layer}.")] = list(weight.shape)
-    for name, shape in stored.items():
+    for name, shape in sorted(stored.items()):
         if name not in wanted:
             raise ModelError(f"{folder} holds a weight that its config.json has no place for: {name}.")
         if shape != wanted[name]:

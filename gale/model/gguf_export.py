@@ -19,6 +19,7 @@ from gale.core import files
 from gale.core.errors import GaleError, ModelError
 from gale.model.checkpoint import load_model, load_tokenizer, stored_dtype
 from gale.model.config import ModelConfig
+from gale.model.gguf_file import is_gguf
 from gale.model.gguf_vocabulary import GgufVocabulary
 from gale.model.transformer import Decoder, rotary_frequencies
 
@@ -36,7 +37,8 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
-_MAGIC = b"GGUF"
+_DIVISORS = ("llama3", "longrope")  # scalings that a file tells as one divisor for each frequency
+_SCALINGS = ("linear", *_DIVISORS)
 
 
 def export_gguf(folder: Path, out: Path, *, kind: str, name: str) -> None:
@@ -48,7 +50,7 @@ def export_gguf(folder: Path, out: Path, *, kind: str, name: str) -> None:
     config = ModelConfig.load(folder)
     _refuse_what_llama_cpp_lacks(config)
     vocabulary = GgufVocabulary.read(folder, load_tokenizer(folder, config), config.vocabulary_size)
-    if out.is_dir() or (out.is_file() and not _is_gguf(out)):
+    if out.is_dir() or (out.is_file() and not is_gguf(out)):
         raise GaleError(f"{out} is something else and is not replaced.", hint="Choose another --out.")
     model = load_model(folder, dtype=stored_dtype(folder))
     default, file_type = FORMATS[kind]
@@ -82,13 +84,18 @@ def export_gguf(folder: Path, out: Path, *, kind: str, name: str) -> None:
 
 def _refuse_what_llama_cpp_lacks(config: ModelConfig) -> None:
     experts, scaling = config.experts, config.rope_scaling
+    if config.family not in _ARCHITECTURES or (scaling is not None and scaling.kind not in _SCALINGS):
+        what = f"{config.family} models" + (f" with {scaling.kind} RoPE scaling" if scaling else "")
+        raise ModelError(f"Gale cannot export {what} to GGUF.", hint="llama.cpp's own converter reads the folder.")
     problem = None
     if config.sliding_window is not None and config.sliding_window < config.context_length:
         problem = "sliding-window attention in this architecture"
     elif config.output_bias and config.family != "llama":
         problem = "a bias on the attention's output"
-    elif scaling is not None and scaling.kind == "llama3" and config.family != "llama":
-        problem = "llama3 RoPE scaling outside Llama"
+    elif scaling is not None and scaling.kind in _DIVISORS and config.family != "llama":
+        problem = f"{scaling.kind} RoPE scaling outside Llama"
+    elif scaling is not None and (scaling.attention_factor != 1 or scaling.short != scaling.long):
+        problem = "RoPE scaling that depends on the length in this architecture"
     elif experts is not None and not experts.normalise:
         problem = "experts whose weights do not sum to 1"
     elif experts is not None and not all(map(config.has_experts, range(config.layers))):
@@ -130,7 +137,7 @@ def _tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
         assert found is not None, f"the gguf library has no name for {path}"
         return f"{found}.{suffix}"
 
-    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+    if config.rope_scaling is not None and config.rope_scaling.kind in _DIVISORS:
         plain = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
         yield "rope_freqs.weight", plain / rotary_frequencies(config)
     for name, parameter in model.named_parameters():
@@ -173,8 +180,3 @@ def _encoded(name: str, tensor: Tensor, kind: Kind) -> np.ndarray:
         raise ModelError(f"{name} holds values too large for {kind.name}.", hint="Use --dtype bf16 or fp32.")
     encoded: np.ndarray = gguf.quantize(values, kind)
     return encoded
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC

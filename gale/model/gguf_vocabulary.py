@@ -21,13 +21,32 @@ from gale.text.tokenizer import Tokenizer
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of pre-tokenisers, by the steps that tokenizer.json lists and whether whole words skip the merges.
-_PRE_TOKENIZERS: dict[tuple[object, ...], str] = {
+_PRE_TOKENIZERS: dict[tuple[Any, ...], str] = {
     (("split", rf"{_WORDS}|\p{{N}}|{_REST}"), ("bytes", ""), False): "qwen2",
     (("split", rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), ("bytes", ""), True): "llama-bpe",
     (("digits", ""), ("bytes", "words"), False): "smollm",
     (("bytes", "words"), False): "gpt-2",
 }
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+# What other names of llama.cpp's mean the same.
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt2": "gpt-2", "deepseek-r1-qwen": "qwen2"}
+
+
+def pre_tokenizer_steps(name: str) -> tuple[list[dict[str, Any]], bool]:
+    """What llama.cpp's name of a pre-tokeniser means, as ``tokenizer.json`` says it, and whether words skip the merges.
+
+    Raises :class:`ModelError` for a name that is unknown here.
+    """
+    name = _ALIASES.get(name, name)
+    for (*steps, ignore_merges), known in _PRE_TOKENIZERS.items():
+        if known == name:
+            return [_written(*step) for step in steps], ignore_merges
+    raise ModelError(
+        f"Gale does not know how a tokenizer named {name!r} splits text.",
+        hint=f"It knows {', '.join([*_PRE_TOKENIZERS.values(), *_ALIASES])}.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +136,15 @@ def _step(step: dict[str, Any]) -> tuple[str, str]:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return "bytes", "words" if step.get("use_regex", True) else ""
     return "unknown", str(step.get("type"))
+
+
+def _written(kind: str, what: str) -> dict[str, Any]:
+    """The opposite of :func:`_step`."""
+    if kind == "split":
+        return {"type": "Split", "pattern": {"Regex": what}, "behavior": "Isolated", "invert": False}
+    if kind == "digits":
+        return {"type": "Digits", "individual_digits": True}
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": what == "words"}
 
 
 def _without_generation_tags(template: str | None) -> str | None:

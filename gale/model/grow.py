@@ -68,7 +68,7 @@ def deepen(model: Decoder, layers: int, *, placement: Placement = "top", preserv
 
     Raises :class:`ModelError` where ``layers`` is not larger than the model's.
     """
-    config = model.config
+    config = _growable(model)
     if layers <= config.layers:
         raise ModelError(f"The base has {config.layers} layers; growing it to {layers} would not make it deeper.")
     if placement == "top":
@@ -78,9 +78,7 @@ def deepen(model: Decoder, layers: int, *, placement: Placement = "top", preserv
         sources = [layer * config.layers // layers for layer in range(layers)]
         copied = [layer > 0 and sources[layer - 1] == source for layer, source in enumerate(sources)]
     grown = replace(config, layers=layers)
-    if placement == "interleave" and config.sliding_window is not None:
-        # The first layer with a window has moved up. On top, copies are silent whatever they see.
-        grown = replace(grown, sliding_from_layer=sum(source < config.sliding_from_layer for source in sources))
+    grown = replace(grown, full_layers=tuple(n for n, source in enumerate(sources) if source in config.full_layers))
     if config.experts is not None:
         dense = tuple(layer for layer, source in enumerate(sources) if not config.has_experts(source))
         grown = replace(grown, experts=replace(config.experts, every=1, dense_layers=dense))
@@ -120,7 +118,7 @@ def widen(
 
     Raises :class:`ModelError` where a size is not a whole multiple of the model's.
     """
-    config = model.config
+    config = _growable(model)
     heads, kv_heads = heads or config.heads, kv_heads or config.kv_heads
     units, expert_units = config.intermediate_size, config.experts.intermediate_size if config.experts else 0
     hidden = _factor("hidden_size", config.hidden_size, hidden_size)
@@ -178,7 +176,7 @@ def upcycle(model: Decoder, experts: Experts, *, redrawn: float = 0.0, seed: int
 
     Raises :class:`ModelError` where the model has experts already or cannot have any.
     """
-    config = model.config
+    config = _growable(model)
     if config.experts is not None:
         raise ModelError(
             "The base is a mixture of experts already.", hint="Grow it deeper or wider, or take a dense base."
@@ -188,7 +186,7 @@ def upcycle(model: Decoder, experts: Experts, *, redrawn: float = 0.0, seed: int
             f"Experts cannot be put into a {config.family} model: the Qwen3-MoE layout has QK-norm, and this has none.",
             hint="Grow it deeper or wider, or take a Qwen3 base.",
         )
-    if config.sliding_window and config.sliding_from_layer:
+    if config.sliding_window and config.full_layers:
         raise ModelError("Experts cannot be put into a model of which some layers have a window: the layout has one.")
     if experts.intermediate_size != config.intermediate_size:
         raise ModelError(
@@ -226,15 +224,21 @@ def logit_difference(one: Decoder, other: Decoder, *, tokens: int = 256, seed: i
     ids_N = torch.randint(0, one.config.vocabulary_size, (count,), generator=torch.Generator().manual_seed(seed))
 
     def scores(model: Decoder) -> Tensor:
-        config = model.config
-        attend = PackedAttention(
-            [count], sliding_window=config.sliding_window, sliding_from_layer=config.sliding_from_layer
-        )
+        attend = PackedAttention([count], config=model.config)
         return model.logits(model(ids_N, torch.arange(count), attend))
 
     with torch.no_grad():
         first_NV, second_NV = scores(one), scores(other)
     return float((first_NV - second_NV).abs().max()), float(first_NV.abs().max())
+
+
+def _growable(model: Decoder) -> ModelConfig:
+    if model.config.post_norms:
+        raise ModelError(
+            f"A {model.config.family} model cannot be grown: its norms behind each part undo what copies rely on.",
+            hint="Start from a Qwen3, Qwen2, Llama, Mistral or Phi-3 base.",
+        )
+    return model.config
 
 
 def _factor(name: str, size: int, wanted: int | None) -> int:

@@ -21,7 +21,7 @@ from gale.model.transformer import Decoder
 
 # Every linear layer of every block: what QLoRA (Dettmers et al. 2023) found to be needed to match full training.
 ALL_LINEARS = ("layers.*",)
-_ROUTER = ".mlp.gate"  # decides between experts; a part of them in all but name
+ROUTER = ".mlp.gate"  # decides between experts; a part of them in all but name
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def add_lora(model: Decoder | RewardModel, shape: LoraShape, *, seed: int) -> No
     linears = {
         name: module
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("layers.") and not name.endswith(_ROUTER)
+        if isinstance(module, nn.Linear) and name.startswith("layers.") and not name.endswith(ROUTER)
     }
     if getattr(decoder.config, "experts", None) and any(_matches("layers.0.mlp.experts", t) for t in shape.targets):
         raise ModelError(

@@ -1,12 +1,17 @@
-"""Finding a model by name: the built-in one, one under ``GALE_HOME/models``, or any folder."""
+"""Finding a model by name: the built-in one, one under ``GALE_HOME/models``, any folder, or any GGUF file."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+
+import structlog
 
 from gale.core import files
 from gale.core.errors import ModelError
 from gale.core.settings import settings
+
+log = structlog.get_logger()
 
 BUILTIN = Path(__file__).parent / "builtin" / "gale-0"
 
@@ -14,13 +19,16 @@ BUILTIN = Path(__file__).parent / "builtin" / "gale-0"
 def resolve_model(name_or_path: str | None) -> Path:
     """The folder of a model; None means the built-in one. Raises :class:`ModelError` where there is none.
 
-    A folder of that path wins over a model of that name, as a shell user would expect.
+    A folder of that path wins over a model of that name, as a shell user would expect. A GGUF file is unpacked into a
+    folder under ``GALE_HOME/cache``, once.
     """
     if name_or_path is None:
         return BUILTIN
     path = files.expand(name_or_path)
     if path.is_dir():
         return path
+    if path.is_file():
+        return _unpacked(files.resolve(path))
     named = settings().home / "models"
     if name_or_path == BUILTIN.name:
         return BUILTIN
@@ -30,6 +38,21 @@ def resolve_model(name_or_path: str | None) -> Path:
         f"There is no model folder {name_or_path} and no model of that name.",
         hint=f"Known names: {', '.join(known_models())}. A trained model stands in the folder `model` of its run.",
     )
+
+
+def _unpacked(path: Path) -> Path:
+    """The folder of a GGUF file, made anew where the file has changed. Raises :class:`ModelError`."""
+    from gale.model.gguf_import import convert_gguf  # only they who have such a file wait for it
+
+    status = path.stat()
+    key = hashlib.sha256(f"{path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    folder = settings().home / "cache" / "gguf" / key.hexdigest()[:16] / path.stem
+    with files.locked(folder.parent.parent / "lock"):  # two servers may start on the same file
+        if not folder.is_dir():
+            log.info("gguf_unpacking", file=str(path), into=str(folder))
+            with files.new_directory(folder) as target:
+                convert_gguf(path, target)
+    return folder
 
 
 def known_models() -> dict[str, Path]:

@@ -13,6 +13,7 @@ from gale.core.model_folder import model_name, read_json
 from gale.core.settings import settings
 from gale.model.checkpoint import check_weights, load_model, load_tokenizer, save_model, stored_dtype, weight_files
 from gale.model.config import ModelConfig
+from gale.model.gguf_import import convert_gguf
 from gale.registry.models import BUILTIN
 
 CHECKSUMS = "SHA256SUMS"
@@ -38,13 +39,18 @@ def import_model(source: Path, name: str | None = None, *, link: bool = False) -
     """Take a model folder into ``GALE_HOME/models`` as ``name``, by copying or by linking to its files.
 
     Before, configuration, shapes of the weights and tokenizer are checked; SHA-256 sums of all files are written
-    beside them. Raises :class:`ModelError` for a folder that cannot be opened, and for a name that is taken or is none.
+    beside them. A GGUF file becomes a folder. Raises :class:`ModelError` for what cannot be opened, and for a name that
+    is taken or is none.
     """
     source = files.resolve(source)
-    config = ModelConfig.load(source)
-    check_weights(source, config)
-    load_tokenizer(source, config)
-    name = name or model_name(source)
+    packed = source.is_file()
+    if packed and link:
+        raise ModelError("A GGUF file is unpacked, so there is nothing to link to.", hint="Leave --link out.")
+    if not packed:
+        config = ModelConfig.load(source)
+        check_weights(source, config)
+        load_tokenizer(source, config)
+    name = name or (source.stem if packed else model_name(source))
     if Path(name).name != name or name.startswith(".") or name == BUILTIN.name:
         raise ModelError(f"{name!r} cannot be the name of a model.", hint="Give --name a plain word.")
     target = settings().home / "models" / name
@@ -53,13 +59,14 @@ def import_model(source: Path, name: str | None = None, *, link: bool = False) -
             f"There is a model {name} already.", hint=f"Give another with --name, or remove {target} first."
         )
     with files.new_directory(target) as folder:
-        sums = []
-        for file in model_files(source):
+        if packed:
+            convert_gguf(source, folder)
+        for file in () if packed else model_files(source):
             if link:
                 (folder / file.name).symlink_to(file)
             else:
                 shutil.copyfile(file, folder / file.name)
-            sums.append(f"{files.sha256(folder / file.name)}  {file.name}\n")
+        sums = [f"{files.sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
         (folder / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
     return target
 

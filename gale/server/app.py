@@ -7,17 +7,21 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from gale import __version__
-from gale.engine.request import Engine
+from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
+    decisions,
     errors,
     health,
     openai_chat,
     openai_completions,
+    openai_embeddings,
     openai_models,
     page_conversations,
     page_turns,
+    rerank,
     static_page,
+    tokenize,
 )
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
@@ -52,6 +56,10 @@ def create_app(
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
+    app.include_router(tokenize.routes(engine))
+    if isinstance(engine, Reader):
+        for kind in (openai_embeddings, rerank, decisions):
+            app.include_router(kind.routes(engine, lifecycle))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)

@@ -16,7 +16,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from gale.core.errors import GaleError, StoreError
-from gale.engine.request import ContextLengthError, EngineFailedError, EngineOverloadedError, SamplingError
+from gale.engine.request import (
+    ContextLengthError,
+    EngineFailedError,
+    EngineOverloadedError,
+    SamplingError,
+    UnknownAdapterError,
+)
 from gale.platform.conversations import CursorError, NotFoundError
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
@@ -54,6 +60,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
+def invalid(param: str, reason: str) -> ApiError:
+    """The error for a value that cannot be used."""
+    return ApiError(400, f"Invalid '{param}': {reason}.", code="invalid_value", param=param)
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about ``error``; an unforeseen one says nothing of its insides."""
     match error:
@@ -61,6 +72,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case ContextLengthError():
             return ApiError(400, error.message, code="context_length_exceeded", param="messages")
+        case UnknownAdapterError():  # unloaded since the request was checked
+            return ApiError(404, error.message, code="model_not_found", param="model")
         case SamplingError():
             return ApiError(400, error.message, code="invalid_value", param=error.param)
         case EngineOverloadedError():
@@ -86,6 +99,17 @@ def as_api_error(error: Exception) -> ApiError:
             )
         case _:
             return internal_error()
+
+
+def too_long(error: ContextLengthError, param: str) -> ApiError:
+    """What a client is told of a text that is to be read and does not fit."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {error.context_length} tokens, and this has {error.prompt_tokens} "
+        "or more.",
+        code="context_length_exceeded",
+        param=param,
+    )
 
 
 def internal_error() -> ApiError:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 INT64 = 2**63
+
+
+class Body(BaseModel):
+    """Base of what stands inside a body: strict, other fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 def at_most(count: int) -> BeforeValidator:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -18,8 +20,12 @@ MOST_STOPS = 32
 MOST_LOGPROBS = 20
 
 
-def _prompts(value: Any) -> Any:
-    """The four ways to write prompts as one: a list of strings and token lists."""
+def prompt_list(most: int) -> Callable[[Any], Any]:
+    """Takes the four ways to write up to ``most`` prompts as one: a list of strings and token lists."""
+    return partial(_prompts, most)
+
+
+def _prompts(most: int, value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
@@ -28,8 +34,8 @@ def _prompts(value: Any) -> Any:
         raise ValueError("it must not be empty")
     if all(_is_token(item) for item in value):
         return [value]
-    if len(value) > MOST_CHOICES:
-        raise ValueError(f"at most {MOST_CHOICES} prompts are taken at once")
+    if len(value) > most:
+        raise ValueError(f"at most {most} prompts are taken at once")
     if all(isinstance(item, str) for item in value):
         return value
     if all(isinstance(item, list) and item and all(_is_token(token) for token in item) for item in value):
@@ -45,12 +51,14 @@ class CompletionRequest(SamplingFields):
     """The request, checked field by field; what concerns several fields or the model follows in openai_completions."""
 
     model: str
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list(MOST_CHOICES))]
     max_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(default=[], max_length=MOST_STOPS)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    # vLLM's: tokens in logprobs stand as "token_id:N", for callers that need ids
+    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -29,17 +29,19 @@ from gale.engine.request import (
 )
 from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
-from gale.server.errors import ApiError
+from gale.server.errors import ApiError, invalid
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
-from gale.server.openai_chat import finish_reason, usage_object
+from gale.server.openai_answer import finish_reason
+from gale.server.openai_chat import usage_object
 from gale.server.openai_completion_schema import MOST_CHOICES, CompletionRequest
 from gale.server.openai_logprobs import MOST_SCORES, LogprobLists
 from gale.server.openai_models import require_model
-from gale.server.openai_request import invalid, refuse_unsupported
+from gale.server.openai_request import refuse_unsupported
 from gale.server.openai_sampling import seed_of
 from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
+from gale.server.tokenize import text_of
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 # Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
@@ -60,6 +62,7 @@ class _Job:
     ids: list[int]
     echo: str | None
     sampling: SamplingParams
+    as_ids: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": engine.model_id,
+            "model": body.model,
         }
         if body.stream:
             chunks = _stream(engine, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
@@ -103,7 +106,7 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
 def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
     """Every choice that is asked for, those of one prompt together. Raises :class:`ApiError` 400 or 404."""
     refuse_unsupported(body.model_extra or {}, _UNSUPPORTED)
-    require_model(engine, body.model)
+    adapter = require_model(engine, body.model)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "it is only allowed together with 'stream': true")
     copies = body.n or 1
@@ -117,8 +120,10 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
         max_tokens=limit,
         logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        adapter=adapter,
     )
     jobs: list[_Job] = []
+    as_ids = bool(body.return_tokens_as_token_ids)
     scored = 0
     for place, prompt in enumerate(body.prompt):
         param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
@@ -127,10 +132,10 @@ def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
         scored += copies * (len(ids) * sampling.prompt_logprobs + limit) * (1 + (body.logprobs or 0))
         if body.logprobs is not None and scored > MOST_SCORES:
             raise invalid("logprobs", f"this asks for more than {MOST_SCORES:,} scores; send fewer prompts at once")
-        text = prompt if isinstance(prompt, str) else _text(engine, ids) if body.echo else ""
+        text = prompt if isinstance(prompt, str) else text_of(engine, ids) if body.echo else ""
         for copy in range(copies):
             own = replace(sampling, seed=seed_of(body.seed, copy))
-            jobs.append(_Job(len(jobs), param, ids, text if body.echo else None, own))
+            jobs.append(_Job(len(jobs), param, ids, text if body.echo else None, own, as_ids))
     return jobs
 
 
@@ -168,7 +173,7 @@ async def _stream(
 
 async def _pieces(engine: Engine, job: _Job) -> AsyncGenerator[_Piece, None]:
     """One choice, piece by piece. Raises :class:`ApiError` 400 for a prompt that the model cannot take."""
-    logprobs = None if job.sampling.logprobs is None else LogprobLists(engine)
+    logprobs = None if job.sampling.logprobs is None else LogprobLists(engine, as_ids=job.as_ids)
     try:
         events = engine.complete(job.ids, job.sampling)
     except PromptError as error:
@@ -225,10 +230,6 @@ def _too_long(error: ContextLengthError, param: str) -> ApiError:
         code="context_length_exceeded",
         param=param,
     )
-
-
-def _text(engine: Engine, ids: list[int]) -> str:
-    return b"".join(engine.token_bytes(token, control_tokens=True) for token in ids).decode("utf-8", "replace")
 
 
 def _usage(choices: list[_Piece], copies: int) -> dict[str, Any]:

@@ -17,11 +17,12 @@ class LogprobLists:
     """Turns the scores of one choice into ``tokens``, ``token_logprobs``, ``top_logprobs`` and ``text_offset``.
 
     Offsets count characters of the choice's text; a token that ends a character begun before it stands at that
-    character's place.
+    character's place. With ``as_ids`` tokens stand as ``token_id:N`` in place of their text, as vLLM can do it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, as_ids: bool = False) -> None:
         self._engine = engine
+        self._as_ids = as_ids
         self._characters = 0
         # Counts as people see them: bytes that are no character show as one replacement character.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -33,7 +34,7 @@ class LogprobLists:
             added = self._engine.token_bytes(score.token, control_tokens=prompt)
             begun = bool(self._decoder.getstate()[0])
             breaks_off = begun and bool(added) and not _continues(added[0])
-            shown["tokens"].append(_text(self._engine, score.token))
+            shown["tokens"].append(_text(self._engine, score.token, as_ids=self._as_ids))
             shown["token_logprobs"].append(score.logprob)
             shown["top_logprobs"].append(None if score.logprob is None else self._top(score, score.logprob))
             shown["text_offset"].append(self._characters + breaks_off)
@@ -45,7 +46,7 @@ class LogprobLists:
         top: dict[str, float] = {}
         chosen = () if any(token == score.token for token, _ in score.top) else ((score.token, logprob),)
         for token, value in (*score.top, *chosen):
-            text = _text(self._engine, token)
+            text = _text(self._engine, token, as_ids=self._as_ids)
             top[text if text not in top else f"token_id:{token}"] = value
         return top
 
@@ -64,8 +65,10 @@ def chat_logprobs(engine: Engine, scores: Iterable[TokenScore]) -> dict[str, Any
     return {"content": content, "refusal": None}
 
 
-def _text(engine: Engine, token: int) -> str:
+def _text(engine: Engine, token: int, *, as_ids: bool = False) -> str:
     """A token by itself; one that is no whole text is spelled out as OpenAI does, ``bytes:\\xe4\\xbd``."""
+    if as_ids:
+        return f"token_id:{token}"
     data = engine.token_bytes(token, control_tokens=True)
     try:
         return data.decode()

@@ -1,4 +1,4 @@
-"""``GET /v1/models``: what is served, as OpenAI lists it."""
+"""``GET /v1/models``: what is served, with vLLM's ``max_model_len``, and each adapter as one of its own."""
 
 from __future__ import annotations
 
@@ -14,27 +14,41 @@ from gale.server.errors import ApiError
 def routes(engine: Engine) -> APIRouter:
     """The list and the single model."""
     router = APIRouter(tags=["openai"])
-    model = {"id": engine.model_id, "object": "model", "created": int(time.time()), "owned_by": "gale"}
+    created = int(time.time())
+
+    def describe(name: str) -> dict[str, Any]:
+        model = {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "gale",
+            "max_model_len": engine.context_length,
+        }
+        return model if name == engine.model_id else {**model, "parent": engine.model_id}
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [describe(name) for name in (engine.model_id, *engine.adapters)]}
 
     # A path, because names such as "Qwen/Qwen3-0.6B" have slashes.
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> dict[str, Any]:
         require_model(engine, model_id)
-        return model
+        return describe(model_id)
 
     return router
 
 
-def require_model(engine: Engine, model_id: str) -> None:
-    """Raises :class:`ApiError` 404 unless ``model_id`` is the model that ``engine`` serves."""
-    if model_id != engine.model_id:
-        raise ApiError(
-            404,
-            f"The model `{model_id[:200]}` does not exist. This server has `{engine.model_id}`.",
-            code="model_not_found",
-            param="model",
-        )
+def require_model(engine: Engine, model_id: str) -> str | None:
+    """The adapter that ``model_id`` names, None for the model itself. Raises :class:`ApiError` 404 for another name."""
+    if model_id == engine.model_id:
+        return None
+    if model_id in (names := engine.adapters):
+        return model_id
+    served = ", ".join(f"`{name}`" for name in (engine.model_id, *names))
+    raise ApiError(
+        404,
+        f"The model `{model_id[:200]}` does not exist. This server has {served}.",
+        code="model_not_found",
+        param="model",
+    )

@@ -7,11 +7,11 @@ lacks what was asked for is worse than an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from gale.engine.request import Engine, SamplingParams
-from gale.server.errors import ApiError
+from gale.engine.request import Engine, SamplingParams, Tools
+from gale.server.errors import ApiError, invalid
 from gale.server.openai_logprobs import MOST_SCORES
 from gale.server.openai_models import require_model
 from gale.server.openai_sampling import seed_of
@@ -28,33 +28,47 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 
 
-def to_engine(request: ChatRequest, engine: Engine) -> tuple[list[Message], list[SamplingParams]]:
-    """What to ask of ``engine``, for each choice. Raises :class:`ApiError` 400, or 404 for another model's name."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to ask of the engine: one answer with ``each`` of these.
+
+    ``grammar_field`` is the field of the body that is at fault where the engine cannot use the grammar.
+    """
+
+    messages: list[Message]
+    each: list[SamplingParams]
+    tools: Tools | None
+    grammar_field: str
+
+
+def to_engine(request: ChatRequest, engine: Engine) -> Asked:
+    """What to ask of ``engine``. Raises :class:`ApiError` 400, or 404 for another model's name."""
     refuse_unsupported(request.model_extra or {}, _UNSUPPORTED)
-    require_model(engine, request.model)
+    adapter = require_model(engine, request.model)
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "it is only allowed together with 'stream': true")
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs", "it is only allowed together with 'logprobs': true")
+    tools = request.callable_tools()
+    field, grammar = request.grammar() or ("tools", None)
     sampling = request.sampling(
         stop=request.stop,
         max_tokens=_token_limit(request, engine.context_length),
+        adapter=adapter,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        grammar=grammar,
     )
     choices = request.n or 1
     limit = engine.context_length if sampling.max_tokens is None else sampling.max_tokens
     if request.logprobs and choices * limit * (1 + (request.top_logprobs or 0)) > MOST_SCORES:
         raise invalid("logprobs", f"this may need more than {MOST_SCORES:,} scores; ask for fewer tokens or choices")
     each = [replace(sampling, seed=seed_of(request.seed, choice)) for choice in range(choices)]
-    return _messages(request.messages), each
+    return Asked(to_messages(request.messages), each, tools, field)
 
 
 def refuse_unsupported(extra: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -86,9 +100,10 @@ def _token_limit(request: ChatRequest, context_length: int) -> int | None:
     return limit
 
 
-def _messages(messages: list[ChatMessage]) -> list[Message]:
+def to_messages(messages: list[ChatMessage]) -> list[Message]:
+    """Messages as the engine takes them. Raises :class:`ApiError` 400."""
     converted: list[Message] = []
-    calls: set[str] = set()
+    calls: dict[str, str] = {}
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
@@ -102,15 +117,14 @@ def _messages(messages: list[ChatMessage]) -> list[Message]:
             raise invalid(f"{where}.tool_calls", "only an assistant's message may have it")
         if message.role == "tool" and message.tool_call_id not in calls:
             raise invalid(f"{where}.tool_call_id", "it must name a call of an earlier assistant message")
-        calls.update(call.id for call in message.tool_calls or [])
+        calls.update({call.id: call.function.name for call in message.tool_calls or []})
         role = "system" if message.role == "developer" else message.role
         plain = Message(role=role, content=message.content or "")
         if message.tool_calls:
             plain["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        if message.tool_call_id in calls:
+            plain["tool_call_id"], plain["name"] = message.tool_call_id, calls[message.tool_call_id]
+        if message.reasoning_content:
+            plain["reasoning_content"] = message.reasoning_content
         converted.append(plain)
     return converted
-
-
-def invalid(param: str, reason: str) -> ApiError:
-    """The error for a value that cannot be used."""
-    return ApiError(400, f"Invalid '{param}': {reason}.", code="invalid_value", param=param)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from gale.server.field_checks import INT64, at_most, stop_list
+from gale.server.field_checks import INT64, Body, at_most, stop_list
 from gale.server.openai_sampling import SamplingFields
+from gale.server.openai_tools import ToolFields
 
 MOST_MESSAGES = 2048
 MOST_STOPS = 4
@@ -20,12 +21,6 @@ MOST_TOP_LOGPROBS = 20
 MOST_TOOL_CALLS = 128
 MOST_METADATA = 16
 MOST_STOP_CHARACTERS = 256
-
-
-class Body(BaseModel):
-    """Base of what stands inside a body: strict, other fields are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 def _text_of(content: Any) -> Any:
@@ -77,6 +72,7 @@ class ChatMessage(Body):
     content: Content | None = None
     tool_calls: Annotated[list[ToolCall] | None, at_most(MOST_TOOL_CALLS)] = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class StreamOptions(Body):
@@ -85,7 +81,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, ToolFields):
     """The request, checked field by field; what concerns several fields or the model follows in openai_request."""
 
     model: str
@@ -98,11 +94,10 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(default=[], max_length=MOST_STOPS)]
-    # Accepted and without effect here: they concern the vendor's accounts, or tools, of which there are none.
+    # Accepted and without effect here: they concern the vendor's accounts.
     user: str | None = None
     metadata: Annotated[dict[str, str] | None, at_most(MOST_METADATA)] = None
     store: bool | None = None
-    parallel_tool_calls: bool | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -13,7 +13,7 @@ import structlog
 from fastapi import APIRouter, Request
 
 from gale.assistant.turn import answer, fit
-from gale.engine.request import Engine, EngineFailedError, Finished
+from gale.engine.request import Engine, EngineFailedError, Finished, TextDelta
 from gale.platform.conversations import Conversations, Status, StoredMessage, Turn
 from gale.platform.store import Store
 from gale.server.json_body import read_json, request_schema
@@ -68,7 +68,7 @@ async def _events(engine: Engine, conversations: Conversations, turn: Turn) -> A
         async for event in events:
             if isinstance(event, Finished):
                 finished, status = event, _STATUS[event.reason]
-            elif event.text:
+            elif isinstance(event, TextDelta) and event.text:
                 text.append(event.text)
                 yield _event("delta", text=event.text)
         if finished is None:

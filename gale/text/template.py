@@ -55,11 +55,17 @@ PLAIN_CHAT_TEMPLATE = """\
 
 
 class Message(TypedDict):
-    """One message of a conversation; ``role`` is system, user, assistant or tool."""
+    """One message of a conversation; ``role`` is system, user, assistant or tool.
+
+    The arguments of a call may be an object or, as OpenAI has it, the text of one: templates get the object.
+    """
 
     role: str
     content: str
     tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    reasoning_content: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, add_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=[self._disguise(message) for message in messages],
+                messages=[self._disguise(_with_arguments(message)) for message in messages],
                 tools=self._disguise(list(tools)) if tools else None,
                 add_generation_prompt=add_prompt,
                 bos_token=self._tokenizer.bos_token or "",
@@ -188,6 +194,23 @@ class ChatTemplate:
 
 class _TemplateRefusalError(Exception):
     """Raised from inside a template by its own ``raise_exception``."""
+
+
+def _with_arguments(message: Message) -> dict[str, Any]:
+    """The message with the arguments of its calls as objects, since templates would write a text in quotes."""
+    calls = [_with_object(call) for call in message.get("tool_calls") or []]
+    return {**message, **({"tool_calls": calls} if calls else {})}
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _raise_exception(message: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the files that :meth:`load` (and transformers) read."""
-        files.write_text(folder / "tokenizer.json", self._backend.to_str(pretty=False))
+        files.write_text(folder / "tokenizer.json", self.to_json())
         files.write_json(folder / "tokenizer_config.json", self.settings)
 
     @property
@@ -155,6 +155,10 @@ class Tokenizer:
         backend = self._backend if control_tokens else self._plain
         return backend.encode(_whole_characters(text), add_special_tokens=False).ids
 
+    def encode_whole(self, text: str) -> list[int]:
+        """As :meth:`encode` without control tokens, between those that this tokenizer puts around a text by itself."""
+        return [*self._around[0], *self.encode(text), *self._around[1]]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As :meth:`encode` without control tokens, for many texts on all cores."""
         whole = [_whole_characters(text) for text in texts]
@@ -182,13 +186,26 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return spelling.replace("\u2581", " ").encode()
 
+    def to_json(self) -> str:
+        """The content of ``tokenizer.json``."""
+        return self._backend.to_str(pretty=False)
+
     def token_id(self, token: str) -> int | None:
         """Id of one token by its text, None where the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
-    def stream(self) -> TokenStream:
-        """A decoder for one answer that arrives token by token."""
-        return TokenStream(self._backend)
+    def stream(self, shown: Mapping[int, str] | None = None) -> TokenStream:
+        """A decoder for one answer that arrives token by token.
+
+        Tokens of ``shown`` come out as the single character given there, and that character never otherwise.
+        """
+        return TokenStream(self._backend, shown or {})
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        first, *_, last = [place for place, added in enumerate(encoding.special_tokens_mask) if not added] * 2
+        return encoding.ids[:first], encoding.ids[last + 1 :]
 
     @cached_property
     def _plain(self) -> Backend:
@@ -203,13 +220,18 @@ class Tokenizer:
 class TokenStream:
     """Turns tokens into text as they come, holding back bytes of an unfinished character."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, shown: Mapping[int, str]) -> None:
         self._backend = backend
+        self._shown = shown
+        self._reserved = {ord(character): "\ufffd" for character in shown.values()}
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
         """Text that has become certain with ``token``; may be empty."""
-        return self._stream.step(self._backend, token) or ""
+        if token in self._shown:
+            return self._shown[token]
+        text = self._stream.step(self._backend, token) or ""
+        return text.translate(self._reserved) if self._reserved else text
 
 
 def _whole_characters(text: str) -> str:

@@ -45,12 +45,7 @@ def with_router_losses(total: Tensor, model: Decoder, items: int) -> tuple[Tenso
 
 
 def _inputs(config: ModelConfig, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, PackedAttention]:
-    attend = PackedAttention(
-        batch.lengths,
-        device,
-        sliding_window=config.sliding_window,
-        sliding_from_layer=config.sliding_from_layer,
-    )
+    attend = PackedAttention(batch.lengths, device, config=config)
     return batch.ids_N.to(device), batch.positions_N.to(device), attend
 
 
@@ -61,17 +56,17 @@ def trained_logprobs(model: Decoder, batch: Batch) -> Tensor:
     targets_T = batch.targets_N.to(x_NC.device)[trained_T]
     # What nobody asks about is not computed: in conversations most tokens are the user's or the passage's.
     chosen_TC = x_NC if len(trained_T) == len(x_NC) else x_NC.index_select(0, trained_T)
-    logprobs_T: Tensor = token_logprobs(chosen_TC, model.lm_head.weight, targets_T)
+    logprobs_T: Tensor = token_logprobs(chosen_TC, model.lm_head.weight, targets_T, model.config.logit_softcap)
     return logprobs_T
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def token_logprobs(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
-    """Log-softmax of ``x @ weight.T`` at the targets: [T], fp32, nats.
+def token_logprobs(x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor, softcap: float | None = None) -> Tensor:
+    """Log-softmax of ``x @ weight.T``, soft-capped where Gemma 2 does so, at the targets: [T], fp32, nats.
 
     Keeps the scores once, in the number format of ``x``; all fp32 intermediates are a few rows at a time.
     """
-    logprobs_T: Tensor = _TokenLogprobs.apply(x_TC, weight_VC, targets_T)  # type: ignore[no-untyped-call]
+    logprobs_T: Tensor = _TokenLogprobs.apply(x_TC, weight_VC, targets_T, softcap)  # type: ignore[no-untyped-call]
     return logprobs_T
 
 
@@ -82,28 +77,31 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TC: Tensor, weight_VC: Tensor, targets_T: Tensor, softcap: float | None) -> Tensor:
         scores_TV = x_TC @ weight_VC.T
+        if softcap is not None:
+            scores_TV.div_(softcap).tanh_().mul_(softcap)
         tokens_T = torch.arange(len(x_TC), device=x_TC.device)
         logprobs_T = scores_TV[tokens_T, targets_T].float()
+        slope_T = 1.0 if softcap is None else 1 - (logprobs_T / softcap).square()
         for low, high in _chunks(scores_TV):
             wide = scores_TV[low:high].float()
             p = torch.softmax(wide, -1)
             # The largest p is 1 / sum(exp(score - largest score)), which gives the normaliser without another pass.
             logprobs_T[low:high] -= wide.amax(-1) - p.amax(-1).log()
-            scores_TV[low:high] = p
+            scores_TV[low:high] = p if softcap is None else p * (1 - (wide / softcap).square())
         # p - 1, without the rounding of p where the target is nearly certain.
-        scores_TV[tokens_T, targets_T] = logprobs_T.expm1().to(scores_TV.dtype)
+        scores_TV[tokens_T, targets_T] = (logprobs_T.expm1() * slope_T).to(scores_TV.dtype)
         ctx.save_for_backward(x_TC, weight_VC, scores_TV)
         return logprobs_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None, None]:
         x_TC, weight_VC, error_TV = ctx.saved_tensors
         factor_T1 = -grads[0][:, None].to(x_TC.dtype)
         grad_TC = (error_TV @ weight_VC).mul_(factor_T1)
         # A frozen head (LoRA) needs no gradient, which would be as wide as the vocabulary.
-        return grad_TC, error_TV.T @ (x_TC * factor_T1) if ctx.needs_input_grad[1] else None, None
+        return grad_TC, error_TV.T @ (x_TC * factor_T1) if ctx.needs_input_grad[1] else None, None, None
 
 
 def _chunks(scores_TV: Tensor) -> list[tuple[int, int]]:

@@ -38,6 +38,6 @@ async def answer(engine: LocalEngine, text: str, **sampling: Any) -> tuple[str, 
     async for event in engine.chat(user(text), SamplingParams(**sampling)):
         if isinstance(event, TextDelta):
             parts.append(event.text)
-        else:
+        elif isinstance(event, Finished):
             return "".join(parts), event
     raise AssertionError("the answer ended without Finished")

@@ -27,7 +27,7 @@ class Recorded(Sequence):
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], **options: Any) -> None:
         self.events: list[PromptScores | Event | Exception] = []
-        own = {name: options.pop(name) for name in ("room", "end_tokens", "constraint", "namespace") if name in options}
+        own = {name: options.pop(name) for name in ("room", "end_tokens", "constraint", "adapter") if name in options}
         super().__init__(
             list(prompt),
             SamplingParams(**options),

@@ -44,7 +44,7 @@ class Ask:
     leaves: int | None
 
     def sequence(self, tokenizer: Tokenizer) -> Recorded:
-        return Recorded(
+        sequence = Recorded(
             tokenizer,
             list(self.prompt),
             **SAMPLING[self.sampling],
@@ -54,8 +54,9 @@ class Ask:
             stop=self.stops,
             stop_token_ids=(11, 40),
             priority=self.priority,
-            namespace=self.namespace,
         )
+        sequence.namespace = self.namespace
+        return sequence
 
 
 prompts = st.builds(

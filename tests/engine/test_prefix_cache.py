@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gale.engine import prefix_cache
+from gale.engine.adapters import Adapter
 from gale.engine.batcher import Batcher
 from gale.engine.sequence import Sequence
 from gale.model.transformer import Decoder
@@ -135,11 +136,12 @@ def test_without_room_for_a_copy_the_cache_itself_is_taken(bf16_model: Decoder, 
     assert batcher.kept_tokens == 180
 
 
-def test_nothing_is_shared_across_namespaces(bf16_model: Decoder, tokenizer: Tokenizer) -> None:
+def test_nothing_is_shared_across_adapters(bf16_model: Decoder, tokenizer: Tokenizer) -> None:
     batcher, prompt = make_batcher(bf16_model), words(100)
+    one, two = Adapter("one", {}), Adapter("two", {})
     cached = []
-    for namespace in (None, "one", "two", "one", None):
-        sequence = Recorded(tokenizer, prompt, max_tokens=1, namespace=namespace)
+    for adapter in (None, one, two, one, None):
+        sequence = Recorded(tokenizer, prompt, max_tokens=1, adapter=adapter)
         run(batcher, [sequence])
         cached.append(sequence.cached_tokens)
     assert cached == [0, 0, 0, 99, 99]

@@ -167,6 +167,8 @@ def test_a_constraint_sees_every_token_once_and_in_order(bf16_model: Decoder, to
     class Alternating:
         """Even and odd tokens in turn."""
 
+        complete = False
+
         def __init__(self) -> None:
             self.told: list[int] = []
 

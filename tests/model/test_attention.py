@@ -7,21 +7,31 @@ import torch
 from torch import Tensor
 
 from gale.model.attention import PackedAttention
+from gale.model.config import ModelConfig
 
 RAGGED = [3, 130, 1, 64, 200, 65]
 
 
-def reference(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: list[int], window: int | None) -> Tensor:
+def reference(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: list[int], window: int | None, softcap: float | None = None
+) -> Tensor:
     """The textbook's formula, one document after another."""
     group = q_NHD.shape[1] // k_NKD.shape[1]
     outputs = []
     for q, k, v in zip(*(x.split(lengths) for x in (q_NHD, k_NKD, v_NKD)), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * q.shape[-1] ** -0.5
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
         hidden = (distance < 0) | (distance >= (window or len(q)))
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1)))
     return torch.cat(outputs)
+
+
+def packed(lengths: list[int], window: int | None) -> PackedAttention:
+    config = ModelConfig("mistral", 10, 8, 8, 1, 1, 1, 8, context_length=1000, sliding_window=window)
+    return PackedAttention(lengths, config=config)
 
 
 def random_qkv(tokens: int, heads: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -40,7 +50,7 @@ def test_output_and_gradients_are_those_of_the_reference(
 ) -> None:
     qkv = random_qkv(sum(lengths), heads, kv_heads)
     grad = torch.randn(sum(lengths), heads, 8, dtype=torch.float64)
-    out = PackedAttention(lengths, sliding_window=window)(0, *qkv)
+    out = packed(lengths, window)(0, *qkv)
     expected = reference(*qkv, lengths, window)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(
@@ -48,11 +58,31 @@ def test_output_and_gradients_are_those_of_the_reference(
     )
 
 
-def test_the_sliding_window_begins_at_its_layer() -> None:
+def test_only_some_layers_have_the_sliding_window() -> None:
     qkv = random_qkv(40, 2, 1)
-    attend = PackedAttention([40], sliding_window=4, sliding_from_layer=2)
-    torch.testing.assert_close(attend(1, *qkv), reference(*qkv, [40], None))
-    torch.testing.assert_close(attend(2, *qkv), reference(*qkv, [40], 4))
+    config = ModelConfig(
+        "qwen2", 10, 8, 8, 4, 1, 1, 8, context_length=1000, qk_norm=False, sliding_window=4, full_layers=(0, 2)
+    )
+    attend = PackedAttention([40], config=config)
+    for layer in range(4):
+        torch.testing.assert_close(attend(layer, *qkv), reference(*qkv, [40], 4 if layer % 2 else None))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_softcap_bends_scores_and_their_gradients(window: int | None) -> None:
+    qkv = tuple(3 * x.detach() for x in random_qkv(150, 6, 2))
+    for x in qkv:
+        x.requires_grad_()
+    config = ModelConfig(
+        "gemma2", 10, 8, 8, 1, 6, 2, 8, context_length=1000, attention_softcap=2.0, sliding_window=window
+    )
+    grad = torch.randn(150, 6, 8, dtype=torch.float64)
+    out = PackedAttention([130, 20], config=config)(0, *qkv)
+    expected = reference(*qkv, [130, 20], window, softcap=2.0)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_a_document_does_not_feel_its_neighbours() -> None:
@@ -80,6 +110,6 @@ def test_compiled_it_gives_the_same() -> None:
     compiled = torch.compile(loss)
     for lengths in ([70, 10], [3, 77]):  # another packing must not go wrong on what was compiled for the first
         qkv = random_qkv(80, 4, 2, torch.float32)
-        attend = PackedAttention(lengths, sliding_window=50)
+        attend = packed(lengths, 50)
         expected = torch.autograd.grad(loss(*qkv, attend), qkv)
         torch.testing.assert_close(torch.autograd.grad(compiled(*qkv, attend), qkv), expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gale.core.errors import ModelError
 from gale.model.checkpoint import load_model, save_model
+from gale.model.config import FAMILIES
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from tests.tiny_model import MIXTURE, make_model
@@ -61,21 +62,26 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config is no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ["not valid JSON"]),
     "architecture": (
         config(architectures=["GPT2LMHeadModel"]),
-        ["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"],
+        ["GPT2LMHeadModel", *FAMILIES],
     ),
     "no architecture": (config(architectures=None, model_type=None), ["unnamed"]),
     "quantised": (config(quantization_config={"bits": 4}), ["pre-quantised"]),
-    "activation": (config(hidden_act="gelu"), ["gelu"]),
-    "rope scaling": (config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), ["yarn", "llama3"]),
+    "activation": (config(hidden_act="gelu"), ["gelu", "silu"]),
+    "rope scaling": (config(rope_parameters={"rope_type": "proportional", "factor": 2.0}), ["proportional", "llama3"]),
+    "longrope of too few factors": (
+        config(rope_parameters={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+        ["4 factors", "longrope"],
+    ),
     "rope without factor": (config(rope_parameters={"rope_type": "linear"}), ["factor"]),
     "rope is no table": (config(rope_parameters="linear"), ["wrong kind"]),
-    "alternating windows": (
-        config(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-        ["alternate"],
+    "an unknown kind of layer": (
+        config(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "linear_attention"]),
+        ["full_attention or sliding_attention"],
     ),
+    "both directions": (config(use_bidirectional_attention=True), ["both directions"]),
     "windows of too few layers": (
         config(use_sliding_window=True, sliding_window=4, layer_types=["full_attention"]),
-        ["alternate"],
+        ["each of 2 layers"],
     ),
     "nested too deeply": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), ["config.json", "recursion"]),
     "vocabulary beyond any memory": (config(vocab_size=10**12), ["embed_tokens.weight", "[1000000000000, 48]"]),

@@ -16,8 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gale.core.errors import GaleError, ModelError
 from gale.model.checkpoint import load_model, save_model
-from gale.model.config import RopeScaling
 from gale.model.gguf_export import FORMATS, export_gguf
+from gale.model.rope import RopeScaling
 from gale.model.transformer import rotary_frequencies
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gale.model.checkpoint import load_model
-from gale.model.config import RopeScaling
 from gale.model.gguf_export import FORMATS
+from gale.model.rope import RopeScaling
 from gale.text.tokenizer import Tokenizer
 from tests.model.test_families import our_logits
 from tests.model.test_gguf_export import KINDS, LLAMA, export

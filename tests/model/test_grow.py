@@ -46,7 +46,7 @@ SOURCES: dict[str, dict[str, Any]] = {
         "qk_norm": False,
         "qkv_bias": True,
         "sliding_window": 7,
-        "sliding_from_layer": 2,
+        "full_layers": (0, 1),
     },
     "experts": {"family": "qwen3_moe", "experts": Experts(4, 2, 24)},
     "experts in some layers": {
@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[Callable[[], Decoder], str]] = {
     "experts of experts": (lambda: upcycle(upcycle(source(), MIX), MIX), "already"),
     "experts of a llama": (lambda: upcycle(source(family="llama", qk_norm=False), MIX), "QK-norm"),
     "experts of which only the upper could have a window": (
-        lambda: upcycle(source(sliding_window=7, sliding_from_layer=2), MIX),
+        lambda: upcycle(source(sliding_window=7, full_layers=(0, 1)), MIX),
         "layers have a window",
     ),
     "experts of another size": (lambda: upcycle(source(), Experts(4, 2, 40)), "40 units .* has 80"),

@@ -13,6 +13,7 @@ from gale.engine.request import (
     Finished,
     SamplingParams,
     TextDelta,
+    Tools,
     Usage,
 )
 from gale.text.template import Message
@@ -22,6 +23,7 @@ class ScriptedEngine:
     """Says the last paragraph back word by word, unless its first word names another script. A token is a word."""
 
     model_id = "scripted/one"
+    adapters: tuple[str, ...] = ()
     context_length = 100
 
     def __init__(self) -> None:
@@ -34,7 +36,9 @@ class ScriptedEngine:
     def count_prompt_tokens(self, messages: list[Message]) -> int:
         return sum(len(message["content"].split()) + 1 for message in messages)
 
-    async def chat(self, messages: list[Message], sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    async def chat(
+        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
+    ) -> AsyncGenerator[Event, None]:
         prompt = self.count_prompt_tokens(messages)
         if prompt >= self.context_length:
             raise ContextLengthError(prompt, self.context_length)

@@ -144,7 +144,7 @@ def test_messages_reach_the_engine_as_its_template_takes_them(live: Live, client
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "one two"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "42"},
+        {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"},
     ]
 
 

@@ -18,6 +18,7 @@ import pytest
 from gale.core.errors import GaleError
 from gale.platform.store import Store
 from gale.server.runner import listen
+from tests.server.live import Live
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -139,3 +140,23 @@ def test_other_loopback_addresses_are_listened_on() -> None:
 
 def test_a_database_that_cannot_be_opened(start: Start, tmp_path: Path) -> None:
     assert "cannot be opened" in refused(start("--db", f"sqlite:///{tmp_path}"))
+
+
+def test_another_server_can_answer_in_the_model_s_place(start: Start, live: Live) -> None:
+    url = url_of(start("--upstream", live.url, "--upstream-key-env", "HOME"))
+    body = {"model": "scripted/one", "messages": [{"role": "user", "content": "one two"}]}
+    answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=20).json()
+    assert answer["choices"][0]["message"]["content"] == "one two"
+
+
+def test_what_is_wrong_about_another_server_is_said(start: Start, live: Live, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk secret\n")
+    for arguments, problem in (
+        (["--model", "x"], "--upstream-model"),
+        (["--upstream-key-env", "NO_SUCH_KEY"], "no key in the environment variable NO_SUCH_KEY"),
+        (["--upstream-key-file", str(key)], "is no key"),
+    ):
+        said = refused(start("--upstream", live.url, *arguments))
+        assert problem in said
+        assert "secret" not in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from gale.model.attention import PackedAttention
 from gale.model.transformer import Decoder
@@ -14,16 +15,24 @@ from gale.train.batches import IGNORED, Batch
 from gale.train.losses import token_logprobs, trained_logprobs
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("wide_scores", [1, 100, 2**20])
-def test_values_and_gradients_are_those_of_log_softmax(monkeypatch: pytest.MonkeyPatch, wide_scores: int) -> None:
+def test_values_and_gradients_are_those_of_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, wide_scores: int, softcap: float | None
+) -> None:
     monkeypatch.setattr(losses, "_WIDE_SCORES", wide_scores)
     torch.manual_seed(0)
     x, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     targets, upstream = torch.randint(11, (7,)), torch.randn(7)
     results = []
-    for function in (token_logprobs, lambda x, w, t: F.log_softmax(x @ w.T, -1).gather(1, t[:, None]).squeeze(1)):
+
+    def plain(x: Tensor, w: Tensor, t: Tensor, cap: float | None) -> Tensor:
+        scores = x @ w.T if cap is None else cap * torch.tanh(x @ w.T / cap)
+        return F.log_softmax(scores, -1).gather(1, t[:, None]).squeeze(1)
+
+    for function in (token_logprobs, plain):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        out = function(*leaves, targets)
+        out = function(*leaves, targets, softcap)
         (out.double() * upstream).sum().backward()
         results.append([out.detach().double(), *(leaf.grad for leaf in leaves)])
     for ours, theirs in zip(*results, strict=True):

@@ -1,0 +1,53 @@
+"""The half of an engine that needs no weights: texts and conversations become tokens, and tokens become text."""
+
+from __future__ import annotations
+
+from gale.engine.request import ContextLengthError, PromptError
+from gale.model.config import ModelConfig
+from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
+from gale.text.tokenizer import Tokenizer
+
+
+class Prompts:
+    """What ``tokenizer`` and its template make of what is asked, within the limits of ``config``; for any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """See :meth:`gale.engine.request.Engine.encode`."""
+        self._refuse_megabytes(len(text))
+        return self._tokenizer.encode(text, control_tokens=True)
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """See :meth:`gale.engine.request.Engine.encode_chat`."""
+        self._refuse_megabytes(_characters(messages))
+        return self._template.prompt(messages)
+
+    def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
+        """See :meth:`gale.engine.request.Engine.token_bytes`."""
+        return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
+
+    def check(self, prompt: list[int]) -> None:
+        """Raises :class:`PromptError` for tokens that the model cannot read."""
+        if not prompt:
+            raise PromptError("A prompt needs at least one token.")
+        if not 0 <= min(prompt) <= max(prompt) < self._config.vocabulary_size:
+            raise PromptError(f"This model's tokens are numbered from 0 to {self._config.vocabulary_size - 1}.")
+
+    def _refuse_megabytes(self, characters: int) -> None:
+        """Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server."""
+        least = characters // self._tokenizer.longest_token_characters
+        if least > self._config.context_length:
+            raise ContextLengthError(least, self._config.context_length, at_least=True)
+
+
+def _characters(value: object) -> int:
+    """Characters of all texts in a message, however deep."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0

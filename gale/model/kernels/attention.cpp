@@ -1,0 +1,263 @@
+// Causal attention of new tokens over each sequence's cached keys and values, bf16 in and out, fp32 between.
+//
+// Each query's result is made by the same operations in the same order whoever stands beside it: alone or in a batch, in
+// one chunk of a prompt or another, as one token or as a draft that is checked. So answers never depend on scheduling.
+//
+// A task is a key head of a sequence with up to 32 of its queries (token and head of the group). Keys are taken 16 at
+// once and transposed to pairs of dimensions, so that one instruction of AVX512-BF16 adds two products to 16 scores;
+// what is loaded serves up to 8 queries at once.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "pool.h"
+#include "rows.h"
+
+namespace gale {
+namespace {
+
+constexpr int kTask = 32, kQueries = 8, kKeys = 16;
+
+// A sequence of the batch: where its keys and values [layers, key heads, capacity, size] are, how many it holds, and
+// which rows of the batch are its new tokens.
+struct Sequence {
+  bf16 *keys, *values;
+  int64_t layer_stride, head_stride;
+  int32_t length, first_row, count, unused;
+};
+
+struct Layer {
+  const bf16 *q, *k, *v;
+  bf16* out;
+  int layer, heads, key_heads, size, window;  // window 0: none
+  float scale;
+};
+
+#if defined(__x86_64__)
+#define GALE_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+
+// 16 keys of `size` numbers, `size` apart -> [size / 2][16] pairs. Keys from `there` on are not read.
+GALE_BF16 void transpose(const bf16* keys, int size, int there, int32_t* out) {
+  for (int part = 0; part * 32 < size; ++part) {  // a 16 x 16 transposition of 32-bit pairs
+    const __mmask16 inside = size - part * 32 >= 32 ? 0xffff : (1 << (size - part * 32) / 2) - 1;
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) 
+      r[i] = _mm512_maskz_loadu_epi32(inside, keys + long(std::min(i, there - 1)) * size + part * 32);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // r[i], r[i + 4], ...: column i + 4 * lane of 4 keys each
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    int32_t* to = out + part * 256;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm512_storeu_si512(to + (i) * 16, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+      _mm512_storeu_si512(to + (i + 4) * 16, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+      _mm512_storeu_si512(to + (i + 8) * 16, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+      _mm512_storeu_si512(to + (i + 12) * 16, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+    }
+  }
+}
+
+// Scores of Q queries with 16 keys each.
+template <int Q>
+GALE_BF16 void dots(const bf16* const* queries, const int32_t* keys, int size, float scale, float* scores, long stride) {
+  __m512 sums[Q];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) sums[q] = _mm512_setzero_ps();
+  for (int pair = 0; pair < size / 2; ++pair) {
+    __m512i key = _mm512_loadu_si512(keys + pair * 16);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      int32_t both;
+      std::memcpy(&both, queries[q] + 2 * pair, 4);
+      sums[q] = _mm512_dpbf16_ps(sums[q], (__m512bh)key, (__m512bh)_mm512_set1_epi32(both));
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) _mm512_storeu_ps(scores + q * stride, _mm512_mul_ps(sums[q], _mm512_set1_ps(scale)));
+}
+
+GALE_BF16 inline __m512 exponential(__m512 x) {  // as in rows.cpp
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Scores of the keys [low, high) -> weights, in place; all else of [start, end) becomes 0. Both are multiples of 16.
+GALE_BF16 void softmax(float* scores, int start, int end, int low, int high) {
+  const __m512 never = _mm512_set1_ps(-INFINITY);
+  __m512 largest = never;
+  for (int t = start; t < end; t += kKeys) {
+    __m512i place = _mm512_add_epi32(_mm512_set1_epi32(t), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __mmask16 seen = _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(low)) & _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(high));
+    __m512 value = _mm512_mask_loadu_ps(never, seen, scores + t - start);
+    _mm512_storeu_ps(scores + t - start, value);
+    largest = _mm512_max_ps(largest, value);
+  }
+  const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  __m512 sums = _mm512_setzero_ps();
+  for (int t = start; t < end; t += kKeys) {
+    __m512 value = _mm512_loadu_ps(scores + t - start);
+    __mmask16 seen = _mm512_cmpneq_ps_mask(value, never);
+    value = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(value, most)));
+    _mm512_storeu_ps(scores + t - start, value);
+    sums = _mm512_add_ps(sums, value);
+  }
+  const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sums));
+  for (int t = start; t < end; t += kKeys)
+    _mm512_storeu_ps(scores + t - start, _mm512_mul_ps(_mm512_loadu_ps(scores + t - start), share));
+}
+
+// out[q][0..32) += sum over t in [0, tokens) of weights[q][t] * values[t][0..32)
+template <int Q>
+GALE_BF16 void mix(const float* weights, long stride, const bf16* values, int size, int tokens, bf16* const* out, int at) {
+  const int left = size - at;
+  const __mmask16 inside[2] = {__mmask16(left >= 16 ? 0xffff : (1 << left) - 1),
+                               __mmask16(left >= 32 ? 0xffff : left > 16 ? (1 << (left - 16)) - 1 : 0)};
+  __m512 sums[Q][2];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = _mm512_setzero_ps();
+  for (int t = 0; t < tokens; ++t) {
+    const bf16* value = values + long(t) * size + at;
+    __m512 v[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      __m256i narrow = _mm256_maskz_loadu_epi16(inside[i], value + 16 * i);
+      v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      __m512 weight = _mm512_set1_ps(weights[q * stride + t]);
+      sums[q][0] = _mm512_fmadd_ps(weight, v[0], sums[q][0]);
+      sums[q][1] = _mm512_fmadd_ps(weight, v[1], sums[q][1]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q)
+    for (int i = 0; i < 2; ++i)
+      _mm256_mask_storeu_epi16(out[q] + at + 16 * i, inside[i], (__m256i)_mm512_cvtneps_pbh(sums[q][i]));
+}
+
+void attend(const Layer& l, const Sequence& s, int key_head, int first, int count) {
+  using Dots = void (*)(const bf16* const*, const int32_t*, int, float, float*, long);
+  using Mix = void (*)(const float*, long, const bf16*, int, int, bf16* const*, int);
+  static constexpr Dots dots_of[] = {dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
+  static constexpr Mix mix_of[] = {mix<1>, mix<2>, mix<3>, mix<4>, mix<5>, mix<6>, mix<7>, mix<8>};
+  const int group = l.heads / l.key_heads;
+  thread_local std::vector<float> scores;
+  thread_local std::vector<int32_t> pairs;
+  const bf16* queries[kTask];
+  bf16* out[kTask];
+  int last[kTask];  // the place behind the last key that the query sees
+  for (int q = 0; q < count; ++q) {
+    int token = (first + q) / group, head = key_head * group + (first + q) % group;
+    long at = (long(s.first_row + token) * l.heads + head) * l.size;
+    queries[q] = l.q + at;
+    out[q] = l.out + at;
+    last[q] = s.length + token + 1;
+  }
+  const int tokens = last[count - 1], end = (tokens + kKeys - 1) / kKeys * kKeys;
+  const int begin = l.window ? std::max(0, last[0] - l.window) / kKeys * kKeys : 0;
+  const long stride = end - begin;
+  if (long(scores.size()) < count * stride) scores.resize(count * stride);
+  if (int(pairs.size()) < l.size * 8 + 256) pairs.resize(l.size * 8 + 256);
+  const long at = l.layer * s.layer_stride + key_head * s.head_stride;
+  const bf16 *keys = s.keys + at, *values = s.values + at;
+  for (int t = begin; t < end; t += kKeys) {
+    transpose(keys + long(t) * l.size, l.size, std::min(kKeys, tokens - t), pairs.data());
+    for (int q = 0; q < count; q += kQueries)
+      if (last[std::min(count, q + kQueries) - 1] > t)
+        dots_of[std::min(kQueries, count - q) - 1](queries + q, pairs.data(), l.size, l.scale,
+                                                   scores.data() + q * stride + t - begin, stride);
+  }
+  for (int q = 0; q < count; ++q)
+    softmax(scores.data() + q * stride, begin, end, l.window ? std::max(0, last[q] - l.window) : 0, last[q]);
+  for (int q = 0; q < count; q += kQueries) {
+    const int now = std::min(kQueries, count - q);
+    for (int part = 0; part < l.size; part += 32)
+      mix_of[now - 1](scores.data() + q * stride, stride, values + long(begin) * l.size, l.size, last[q + now - 1] - begin,
+                      out + q, part);
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace gale
+
+using namespace gale;
+
+extern "C" {
+
+// Whether this processor has what gale_attend needs.
+int gale_can_attend() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+#else
+  return 0;
+#endif
+}
+
+// Stores the new keys and values k, v [rows, key heads, size] of one layer in their sequences' caches, then
+// out [rows, heads, size] of q, likewise. `size` is even. `window` 0 means that all is seen.
+void gale_attend(const Sequence* sequences, int count, int layer, const bf16* q, const bf16* k, const bf16* v, bf16* out,
+                 int heads, int key_heads, int size, int window, float scale, int threads) {
+#if defined(__x86_64__)
+  const Layer l{q, k, v, out, layer, heads, key_heads, size, window, scale};
+  const int group = heads / key_heads;
+  thread_local std::vector<int> starts_memory;
+  std::vector<int>& starts = starts_memory;
+  starts.assign(1, 0);
+  long work = 0;
+  for (int i = 0; i < count; ++i) {
+    const Sequence& s = sequences[i];
+    starts.push_back(starts.back() + key_heads * ((s.count * group + kTask - 1) / kTask));
+    work += long(s.count) * (s.length + s.count) * heads * size;
+    for (int head = 0; head < key_heads; ++head) {
+      long at = layer * s.layer_stride + head * s.head_stride + long(s.length) * size;
+      for (int token = 0; token < s.count; ++token, at += size) {
+        long from = (long(s.first_row + token) * key_heads + head) * size;
+        std::memcpy(s.keys + at, k + from, size * sizeof(bf16));
+        std::memcpy(s.values + at, v + from, size * sizeof(bf16));
+      }
+    }
+  }
+  // Little work is done sooner than handed over.
+  Pool::run(starts.back(), work < 100000 ? 1 : threads, [&](int chunk) {
+    int i = int(std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin()) - 1;
+    const Sequence& s = sequences[i];
+    int tiles = (s.count * group + kTask - 1) / kTask, place = chunk - starts[i];
+    int first = place % tiles * kTask;
+    attend(l, s, place / tiles, first, std::min(kTask, s.count * group - first));
+  });
+#else
+  (void)sequences, (void)count, (void)layer, (void)q, (void)k, (void)v, (void)out, (void)heads, (void)key_heads;
+  (void)size, (void)window, (void)scale, (void)threads;
+#endif
+}
+
+}  // extern "C"

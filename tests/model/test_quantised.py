@@ -1,0 +1,91 @@
+"""Models with weights of 8 and 4 bits: what they lose, and that nothing else about them changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gale.core.settings import settings
+from gale.evals.bits_per_byte import bits_per_byte
+from gale.model import kernels
+from gale.model.checkpoint import load_model, load_tokenizer
+from gale.model.quantised import PackedLinear, Weights, quantise, round_weight
+from gale.registry.models import resolve_model
+from gale.text.tokenizer import Tokenizer
+from tests.tiny_model import make_model, save_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(settings(), "home", tmp_path / "home")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(("bits", "exact"), [(8, True), (4, False)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_torch_alone_computes_what_the_kernels_compute(
+    bits: int, exact: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels.available():
+        pytest.skip("no native kernels")
+    torch.manual_seed(0)
+    layer, x = nn.Linear(100, 70, bias=bias), torch.randn(9, 100)
+    native = PackedLinear(bits, 70, *round_weight(bits, layer.weight.data), layer.bias)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    plain = PackedLinear(bits, 70, *round_weight(bits, layer.weight.data), layer.bias)
+    assert native.native and not plain.native
+    torch.testing.assert_close(native(x), plain(x), atol=1e-5, rtol=1e-5 if exact else 1e-4)
+    loss = (native(x) - layer(x)).norm() / layer(x).norm()
+    assert loss < (0.02 if bits == 8 else 0.12)
+
+
+@pytest.mark.parametrize(("weights", "most"), [("int8", 0.005), ("int4", 0.03)])
+def test_the_built_in_model_loses_little_by_rounding(weights: Weights, most: float) -> None:
+    folder = resolve_model(None)
+
+    def score() -> float:
+        model = load_model(folder, dtype=torch.bfloat16)
+        quantise(model, kind)
+        tokenizer = load_tokenizer(folder, model.config)
+        texts = [(ROOT / name).read_text(encoding="utf-8")[:6000] for name in ("README.md", "README.zh.md")]
+        return bits_per_byte(model, tokenizer, texts, window=256, title="").value
+
+    kind: Weights = "bf16"
+    whole = score()
+    kind = weights
+    assert score() < whole * (1 + most)
+
+
+def test_rounded_weights_are_kept_and_found_again(tokenizer: Tokenizer, tmp_path: Path, own_home: Path) -> None:
+    folder = save_folder(tokenizer, tmp_path / "model", dtype=torch.bfloat16)
+    first = load_model(folder, dtype=torch.bfloat16)
+    quantise(first, "int4", folder)
+    (kept,) = (own_home / "quantised").iterdir()
+    written = kept.stat().st_mtime_ns
+    second = load_model(folder, dtype=torch.bfloat16)
+    quantise(second, "int4", folder)
+    assert kept.stat().st_mtime_ns == written
+    for one, other in zip(first.modules(), second.modules(), strict=True):
+        if isinstance(one, PackedLinear):
+            assert isinstance(other, PackedLinear)
+            assert torch.equal(one.packed, other.packed) and torch.equal(one.scales, other.scales)
+    kept.write_bytes(kept.read_bytes()[:100])  # damaged: made anew
+    third = load_model(folder, dtype=torch.bfloat16)
+    quantise(third, "int4", folder)
+    assert kept.stat().st_size > 100
+    save_folder(tokenizer, folder, dtype=torch.bfloat16, hidden_size=56)  # another model in the same place
+    quantise(load_model(folder, dtype=torch.bfloat16), "int4", folder)
+    assert len(list((own_home / "quantised").iterdir())) == 2
+
+
+def test_a_tied_head_is_rounded_and_the_embedding_is_not(tokenizer: Tokenizer) -> None:
+    model = make_model(tokenizer, tied_embeddings=True).to(torch.bfloat16)
+    before = model.embed_tokens.weight.clone()
+    quantise(model, "int4")
+    assert isinstance(model.lm_head, PackedLinear) and model.lm_head.bits == 8
+    assert torch.equal(model.embed_tokens.weight, before)
