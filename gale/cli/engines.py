@@ -28,6 +28,8 @@ class EngineChoice:
     adapters: Mapping[str, Path] = field(default_factory=dict)
     max_requests: int = 256
     prefix_cache: bool = True
+    ngram_drafts: bool = True
+    draft: str | None = None
     upstream: str | None = None
     upstream_model: str | None = None
     upstream_key_env: str | None = None
@@ -44,6 +46,8 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
     """The engine for a server on ``port``; whoever serves it closes it. Raises :class:`GaleError`."""
     if choice.adapters and (choice.upstream is not None or choice.ray is not None):
         raise GaleError("--adapter is for a model in this process, without --upstream and --ray.")
+    if choice.draft is not None and (choice.upstream is not None or choice.ray is not None):
+        raise GaleError("--draft is for a model in this process, without --upstream and --ray.")
     if choice.upstream is not None:
         if choice.ray is not None:
             raise GaleError("Give one of --upstream and --ray.")
@@ -63,7 +67,9 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
     from gale.engine.options import EngineOptions
     from gale.registry.models import resolve_model
 
-    options = EngineOptions(max_unfinished=choice.max_requests, prefix_cache=choice.prefix_cache)
+    options = EngineOptions(
+        max_unfinished=choice.max_requests, prefix_cache=choice.prefix_cache, ngram_drafts=choice.ngram_drafts
+    )
     if choice.ray is not None:
         from gale.core.cluster import joined_ray
         from gale.engine.replicas import ReplicaEngine
@@ -81,7 +87,8 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
         return
     from gale.engine.local import LocalEngine
 
-    engine = LocalEngine.load(resolve_model(choice.model), options, weights=choice.weights)
+    draft = resolve_model(choice.draft) if choice.draft is not None else None
+    engine = LocalEngine.load(resolve_model(choice.model), options, weights=choice.weights, draft=draft)
     for name, folder in choice.adapters.items():
         engine.load_adapter(name, folder)
     yield engine

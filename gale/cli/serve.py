@@ -31,6 +31,10 @@ def serve(
         int, typer.Option(min=1, help="Requests answered or waiting at once; more are told to come back.")
     ] = 256,
     prefix_cache: Annotated[bool, typer.Option(help="Keep what was read for prompts that begin alike.")] = True,
+    ngram_drafts: Annotated[bool, typer.Option(help="Guess ahead from what a text has said before.")] = True,
+    draft: Annotated[
+        str | None, typer.Option(help="Folder or name of a smaller model of the same vocabulary that guesses ahead.")
+    ] = None,
     db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
     upstream: Annotated[
         str | None,
@@ -82,6 +86,8 @@ def serve(
         adapters=_adapters(adapter or []),
         max_requests=max_requests,
         prefix_cache=prefix_cache,
+        ngram_drafts=ngram_drafts,
+        draft=draft,
         upstream=upstream,
         upstream_model=upstream_model,
         upstream_key_env=upstream_key_env,

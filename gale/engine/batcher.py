@@ -23,12 +23,15 @@ from gale.engine.request import EngineFailedError, EngineOverloadedError, Gramma
 from gale.engine.sampler import choose
 from gale.engine.scores import score_rows
 from gale.engine.sequence import Sequence
+from gale.engine.speculation import Speculation
 from gale.model.transformer import Decoder
 
 # Prompt rows whose scores over the vocabulary are held at once: 64 rows of 150,000 tokens are 38 MB in fp32.
 _SCORED_ROWS = 64
 # Tokens that a sequence may go on for before there could be too little memory, where another is to start beside it.
 _HEADROOM = 16
+# Rows of answers and drafts that a step may have; up to about here a linear layer waits for its weights anyway.
+_DRAFT_ROWS = 32
 
 log = structlog.get_logger()
 
@@ -41,7 +44,8 @@ class Batcher:
     again, and its answer goes on as if nothing had been. One sequence always runs, however long. A more urgent sequence
     (a lower ``priority``) takes the place of a less urgent one. Keys and values lie in ``caches``; each sequence's
     in a piece of its own where none are given. With ``pace`` the chunk adapts to the time that answers take. With
-    ``prefix_cache`` what others have read is copied where it can be; what is kept for that gives way first.
+    ``prefix_cache`` what others have read is copied where it can be; what is kept for that gives way first. With
+    ``speculation`` answering sequences may go on by several tokens a step. None of that changes an answer.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Batcher:
         adapters: BatchAdapters | None = None,
         pace: Pace | None = None,
         prefix_cache: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         self._model = model
         weight = model.embed_tokens.weight
@@ -66,6 +71,7 @@ class Batcher:
         self._max_cached_tokens = self._limit = max_cached_tokens
         self._prefill_chunk = prefill_chunk
         self._pace = pace
+        self._speculation = speculation
         self._arrivals = itertools.count()
         self._running: list[Sequence] = []  # this and the next: the most urgent first, the oldest of those first
         self._waiting: list[Sequence] = []
@@ -94,7 +100,7 @@ class Batcher:
         """Tell every sequence that it failed and forget them all."""
         for sequence in [*self._running, *self._waiting]:
             sequence.fail(error)
-            self._prefixes.end(sequence, keep=False)
+            self._release(sequence, keep=False)
         self._prefixes.shrink(0)
         self._forget_finished()
 
@@ -105,7 +111,9 @@ class Batcher:
         self._drop_cancelled()
         self._make_room()
         self._admit()
-        work = self._reserve(self._plan())
+        plan = self._plan()
+        drafts = self._draft([sequence for sequence, _ in plan if sequence.unread == 1 and sequence.observer is None])
+        work = self._reserve([(sequence, count + len(drafts.get(sequence, ()))) for sequence, count in plan])
         if not work:
             return
         ids: list[int] = []
@@ -115,7 +123,7 @@ class Batcher:
             cache = sequence.cache
             assert cache is not None
             caches.append(cache)
-            ids += sequence.tokens[cache.length : cache.length + count]
+            ids += (sequence.tokens[cache.length : cache.length + count] + drafts.get(sequence, []))[:count]
             positions += range(cache.length, cache.length + count)
         attend = self._caches.attention(caches, [count for _, count in work])
         with self._adapters.applied((sequence.adapter, count) for sequence, count in work):
@@ -123,22 +131,59 @@ class Batcher:
                 torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device), attend
             )
         sampled: list[tuple[Sequence, int]] = []
-        row = -1
+        low = 0
         for (sequence, count), cache in zip(work, caches, strict=True):
-            low, row = row + 1, row + count
-            scores = self._score_prompt(sequence, hidden_NC[low : row + 1], cache.length)
+            scores = self._score_prompt(sequence, hidden_NC[low : low + count], cache.length)
             cache.advance(count)
-            sequence.observe(hidden_NC[low : row + 1])
+            sequence.observe(hidden_NC[low : low + count])
             sequence.read(scores)
-            if not sequence.unread and not sequence.finished:  # the last token's scores are the next token's
-                sampled.append((sequence, row))
+            low += count
+            if sequence.unread <= 0 and not sequence.finished:  # the last token's scores are the next token's
+                sampled.append((sequence, low - 1 - len(drafts.get(sequence, ()))))
         if sampled:
-            logits_SV = self._model.logits(hidden_NC[[row for _, row in sampled]]).float().cpu()
-            self._choose([sequence for sequence, _ in sampled], logits_SV)
-        self._forget_finished()
+            self._answer(sampled, drafts, hidden_NC)
         if self._pace:
-            answering = sum(count == 1 for _, count in work)
-            self._pace.note(answering, len(ids) - answering, time.perf_counter() - began)
+            prompts = [count for sequence, count in work if count > 1 and sequence not in drafts]
+            self._pace.note(len(work) - len(prompts), sum(prompts), time.perf_counter() - began)
+        self._forget_finished()
+
+    def _answer(
+        self, sampled: list[tuple[Sequence, int]], drafts: dict[Sequence, list[int]], hidden_NC: Tensor
+    ) -> None:
+        """Give each sequence the token that follows its row, and those that follow its drafts while they are right."""
+        rows = [row + place for sequence, row in sampled for place in range(len(drafts.get(sequence, ())) + 1)]
+        logits_SV = self._model.logits(hidden_NC[rows]).float().cpu()
+        lengths = [len(sequence.tokens) for sequence, _ in sampled]
+        row_of = {row: place for place, row in enumerate(rows)}
+        going = sampled
+        while going:
+            own = [row_of[row] for _, row in going]
+            self._choose([sequence for sequence, _ in going], logits_SV if len(own) == len(rows) else logits_SV[own])
+            going = [
+                (sequence, row + 1)
+                for (sequence, row) in going
+                if not sequence.finished and self._was_right(sequence, drafts.get(sequence, []))
+            ]
+        for (sequence, _), length in zip(sampled, lengths, strict=True):
+            if self._speculation and sequence in drafts and sequence.cache:
+                sequence.cache.truncate(len(sequence.tokens) - 1)
+                self._speculation.verified(sequence, len(drafts[sequence]), len(sequence.tokens) - length - 1)
+
+    @staticmethod
+    def _was_right(sequence: Sequence, drafts: list[int]) -> bool:
+        """Whether the newest token is the next draft."""
+        assert sequence.cache is not None
+        place = len(sequence.tokens) - 1 - (sequence.cache.length - len(drafts))
+        return place < len(drafts) and sequence.tokens[-1] == drafts[place]
+
+    def _draft(self, answering: list[Sequence]) -> dict[Sequence, list[int]]:
+        """Tokens to read on trust, as far as there is room for them."""
+        if self._speculation is None:
+            return {}
+        room = self._limit - self._tokens()
+        drafts = self._speculation.drafts(answering, min(_DRAFT_ROWS - len(answering), room))
+        self._prefixes.shrink(room - sum(map(len, drafts.values())))
+        return drafts
 
     def _choose(self, sequences: list[Sequence], logits_SV: Tensor) -> None:
         """Give each sequence its next token, with its score where one is asked for."""
@@ -207,7 +252,7 @@ class Batcher:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait again, without its cache."""
-        self._prefixes.end(sequence, keep=False)
+        self._release(sequence, keep=False)
         self._running.remove(sequence)
         insort(self._waiting, sequence, key=_order)
 
@@ -257,9 +302,15 @@ class Batcher:
     def _forget_finished(self) -> None:
         for sequence in self._running:
             if sequence.finished:
-                self._prefixes.end(sequence, keep=True)
+                self._release(sequence, keep=True)
         self._running = [sequence for sequence in self._running if not sequence.finished]
         self._waiting = [sequence for sequence in self._waiting if not sequence.finished]
+
+    def _release(self, sequence: Sequence, *, keep: bool) -> None:
+        """Take a sequence's memory back."""
+        self._prefixes.end(sequence, keep=keep)
+        if self._speculation:
+            self._speculation.forget(sequence)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

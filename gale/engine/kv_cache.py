@@ -24,14 +24,21 @@ from gale.model.transformer import Attend, Decoder
 _FIRST_CAPACITY = 256
 
 
-def cached_tokens_that_fit(model: Decoder) -> int:
-    """Tokens whose keys and values fit into half of the memory that is free now; others need some too."""
-    weight, config = model.embed_tokens.weight, model.config
+def cached_tokens_that_fit(model: Decoder, draft: Decoder | None = None) -> int:
+    """Tokens whose keys and values fit into half of the memory that is free now; others need some too.
+
+    With a ``draft`` model each token has keys and values in both.
+    """
+    weight = model.embed_tokens.weight
     if weight.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(weight.device)
     else:
-        free = max(0, _free_memory() - model.mapped_bytes)
-    token_bytes = 2 * config.layers * config.kv_heads * config.head_dim * weight.element_size()
+        free = max(0, _free_memory() - model.mapped_bytes - (draft.mapped_bytes if draft else 0))
+    token_bytes = sum(
+        2 * each.config.layers * each.config.kv_heads * each.config.head_dim * each.embed_tokens.weight.element_size()
+        for each in (model, draft)
+        if each is not None
+    )
     return int(free // 2 // token_bytes)
 
 

@@ -41,6 +41,7 @@ from gale.engine.request import (
     Tools,
 )
 from gale.engine.sequence import Sequence
+from gale.engine.speculation import Drafter, DraftModel, NgramDrafter, Speculation
 from gale.model import kernels
 from gale.model.adapter_folder import read_adapter_layers
 from gale.model.checkpoint import load_model, load_tokenizer
@@ -73,11 +74,18 @@ class LocalEngine:
         end_tokens: frozenset[int] = frozenset(),
         folder: Path | None = None,
         options: EngineOptions | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         self._model = model
+        self._draft = draft
         self._options = options = options or EngineOptions()
         context = model.config.context_length
-        self._cached_tokens = options.max_cached_tokens or cached_tokens_that_fit(model)
+        self._cached_tokens = options.max_cached_tokens or cached_tokens_that_fit(model, draft)
+        if draft is not None and draft.config.vocabulary_size != model.config.vocabulary_size:
+            raise ModelError(
+                f"The draft model has {draft.config.vocabulary_size} tokens, the model {model.config.vocabulary_size}.",
+                hint="A draft model needs the same vocabulary: a smaller one of the same family.",
+            )
         if self._cached_tokens < min(_LEAST_CACHED_TOKENS, context):
             raise ModelError(
                 f"There is memory for the keys and values of {self._cached_tokens} tokens only.",
@@ -102,11 +110,25 @@ class LocalEngine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, options: EngineOptions | None = None, *, weights: Weights = "bf16") -> LocalEngine:
-        """Open a model folder in Hugging Face layout. Raises :class:`gale.core.errors.ModelError`."""
+    def load(
+        cls,
+        folder: Path,
+        options: EngineOptions | None = None,
+        *,
+        weights: Weights = "bf16",
+        draft: Path | None = None,
+    ) -> LocalEngine:
+        """Open a model folder in Hugging Face layout, and that of a smaller model that guesses ahead if there is one.
+
+        Raises :class:`gale.core.errors.ModelError`.
+        """
         compute = choose_compute()
         model = load_model(folder, dtype=compute.dtype, device=compute.device)
         quantise(model, weights, folder)
+        guesser = None
+        if draft is not None:
+            guesser = load_model(draft, dtype=compute.dtype, device=compute.device)
+            quantise(guesser, weights, draft)
         tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")
@@ -117,6 +139,7 @@ class LocalEngine:
             end_tokens=end_tokens(folder, tokenizer),
             folder=folder,
             options=options,
+            draft=guesser,
         )
 
     @property
@@ -321,6 +344,9 @@ class LocalEngine:
             # The kernels have threads of their own. Torch's would keep a processor busy with waiting after every small
             # operation that they share, just when the kernels want it: measured, a third of the time of a step.
             torch.set_num_threads(1)
+        drafter: Drafter | None = NgramDrafter() if self._options.ngram_drafts else None
+        if self._draft is not None:
+            drafter = DraftModel(self._draft)
         batcher = Batcher(
             self._model,
             adapters=self._adapters,
@@ -329,6 +355,7 @@ class LocalEngine:
             prefill_chunk=self._options.prefill_chunk,
             pace=Pace(self._options.prefill_chunk),
             prefix_cache=self._options.prefix_cache,
+            speculation=None if drafter is None else Speculation(drafter),
         )
         while True:
             try:

@@ -11,7 +11,8 @@ class EngineOptions:
 
     ``max_cached_tokens`` bounds the keys and values of all; None measures what fits into half of the free memory.
     ``prefill_chunk`` is the most that one step reads of prompts. ``prefix_cache`` keeps what was read in that memory
-    for prompts that begin alike.
+    for prompts that begin alike. ``ngram_drafts`` guess from what a text has said before how it goes on; a draft model
+    takes their place.
     """
 
     max_running: int = 64
@@ -19,3 +20,4 @@ class EngineOptions:
     max_cached_tokens: int | None = None
     prefill_chunk: int = 256
     prefix_cache: bool = True
+    ngram_drafts: bool = True

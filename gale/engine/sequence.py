@@ -81,7 +81,7 @@ class Sequence:
 
     @property
     def unread(self) -> int:
-        """Tokens that the model has yet to read."""
+        """Tokens that the model has yet to read; fewer than none where it has read drafts."""
         return len(self.tokens) - (self.cache.length if self.cache else 0)
 
     @property
@@ -98,7 +98,7 @@ class Sequence:
     def read(self, scores: list[TokenScore]) -> None:
         """Take the scores of the prompt's next tokens, and finish after the last one if nothing is to be generated."""
         self._prompt_scores += scores
-        if self._prompt_read or self.unread:
+        if self._prompt_read or self.unread > 0:
             return
         self._prompt_read = True
         if self.params.prompt_logprobs:

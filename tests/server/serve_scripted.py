@@ -16,7 +16,7 @@ from tests.server.scripted_engine import ScriptedEngine
 
 class LocalEngine:
     @staticmethod
-    def load(path: Path, options: object = None, *, weights: str = "bf16") -> ScriptedEngine:
+    def load(path: Path, options: object = None, *, weights: str = "bf16", draft: Path | None = None) -> ScriptedEngine:
         return ScriptedEngine()
 
 
