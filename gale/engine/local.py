@@ -22,8 +22,9 @@ from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.options import EngineOptions
 from gale.engine.pace import Pace
+from gale.engine.prompts import Prompts
 from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
-from gale.engine.reply import Reply, tools_for_template
+from gale.engine.reply import Reply
 from gale.engine.request import (
     ContextLengthError,
     Decision,
@@ -46,7 +47,7 @@ from gale.model.adapter_folder import read_adapter_layers
 from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
-from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
+from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
 MOST_ADAPTER_RANK = 256
@@ -93,7 +94,9 @@ class LocalEngine:
         if self._cached_tokens < context:
             log.warning("context_cut_to_memory", tokens=self._cached_tokens, model=context)
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
+        self._prompts = Prompts(
+            tokenizer, vocabulary_size=model.config.vocabulary_size, context_length=self.context_length
+        )
         self._model_id = model_id
         self._end_tokens = end_tokens
         self._folder = folder  # where the model came from: what its adapters are compared with
@@ -184,24 +187,24 @@ class LocalEngine:
 
     def count_prompt_tokens(self, messages: list[Message]) -> int:
         """Tokens the model would read before answering ``messages``."""
-        return len(self._prompt(messages))
+        return len(self._prompts.encode_chat(messages))
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""
-        self._refuse_megabytes(len(text))
-        return self._tokenizer.encode(text, control_tokens=True)
+        return self._prompts.encode(text)
 
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
-        return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
+        return self._prompts.token_bytes(token, control_tokens=control_tokens)
 
     async def chat(
         self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
     ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
         adapter = self._adapters.get(sampling.adapter)
-        prompt = await asyncio.to_thread(self._prompt, messages, adapter, tools)
-        reply = Reply(self._template_of(adapter).source, self._tokenizer, prompt, sampling, tools)
+        template = self._template_of(adapter)
+        prompt = await asyncio.to_thread(self._prompts.encode_chat, messages, tools, template)
+        reply = Reply(template.source, self._tokenizer, prompt, sampling, tools)
         events = self._run(prompt, reply.sampling, reply=reply)
         try:
             async for event in events:
@@ -213,14 +216,8 @@ class LocalEngine:
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
-        self._check(prompt)
+        self._prompts.check(prompt)
         return self._run(prompt, sampling)
-
-    def _check(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise PromptError("A prompt needs at least one token.")
-        if not 0 <= min(prompt) <= max(prompt) < self._model.config.vocabulary_size:
-            raise PromptError(f"This model's tokens are numbered from 0 to {self._model.config.vocabulary_size - 1}.")
 
     @property
     def embedding_size(self) -> int:
@@ -229,12 +226,11 @@ class LocalEngine:
 
     def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
         """See :meth:`gale.engine.request.Reader.encode_chat`."""
-        return self._prompt(messages, self._adapters.get(adapter))
+        return self._prompts.encode_chat(messages, template=self._template_of(self._adapters.get(adapter)))
 
     def encode_text(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Reader.encode_text`."""
-        self._refuse_megabytes(len(text))
-        return self._tokenizer.encode_whole(text)
+        return self._prompts.encode_text(text)
 
     async def embed(
         self,
@@ -253,14 +249,14 @@ class LocalEngine:
         )
         pools = [Pool(pooling or self._pooling) for _ in texts]
         for text in texts:
-            self._check(text)
+            self._prompts.check(text)
         await in_turns([partial(self._read, text, adapter, pool) for text, pool in zip(texts, pools, strict=True)])
         vectors = [pool.vector(normalise=normalise, dimensions=dimensions) for pool in pools]
         return Embeddings(vectors, sum(map(len, texts)))
 
     async def decide(self, prompt: list[int], labels: Many[str], *, adapter: str | None = None) -> Decision:
         """See :meth:`gale.engine.request.Reader.decide`."""
-        self._check(prompt)
+        self._prompts.check(prompt)
         ways = [self._tokenizer.encode(label) for label in labels]
         if not all(ways) or len({tuple(way) for way in ways}) != max(1, len(ways)):
             raise PromptError("There must be at least one label, and each must have a text of its own.")
@@ -332,21 +328,7 @@ class LocalEngine:
             self._unfinished -= 1
 
     def _template_of(self, adapter: Adapter | None) -> ChatTemplate:
-        return self._template if adapter is None else adapter.template or self._template
-
-    def _prompt(self, messages: list[Message], adapter: Adapter | None = None, tools: Tools | None = None) -> list[int]:
-        """The conversation's tokens. Raises :class:`ContextLengthError` at once for what cannot fit in any way.
-
-        Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
-        """
-        shown = tools_for_template(tools) if tools else None
-        self._refuse_megabytes(_characters([messages, shown]))
-        return self._template_of(adapter).prompt(messages, tools=shown)
-
-    def _refuse_megabytes(self, characters: int) -> None:
-        least = characters // self._tokenizer.longest_token_characters
-        if least > self.context_length:
-            raise ContextLengthError(least, self.context_length, at_least=True)
+        return self._prompts.template if adapter is None else adapter.template or self._prompts.template
 
     async def close(self) -> None:
         """Stop all requests and the thread."""
@@ -392,15 +374,6 @@ class LocalEngine:
                 # First the waiting, then the log: should even that fail, nobody waits for ever.
                 batcher.abandon(EngineFailedError("The engine failed while answering; the request was not finished."))
                 log.exception("engine_step_failed", error=str(error))
-
-
-def _characters(value: object) -> int:
-    """Characters of all texts in a message, however deep."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from gale.engine.request import ContextLengthError, PromptError
-from gale.model.config import ModelConfig
+from gale.engine.reply import tools_for_template
+from gale.engine.request import ContextLengthError, PromptError, Tools
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
 
 class Prompts:
-    """What ``tokenizer`` and its template make of what is asked, within the limits of ``config``; for any thread."""
+    """What ``tokenizer`` and its ``template`` make of what is asked, within a vocabulary and a context; any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, vocabulary_size: int, context_length: int) -> None:
         self._tokenizer = tokenizer
-        self._config = config
-        self._template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
+        self._vocabulary_size = vocabulary_size
+        self._context_length = context_length
+        self.template = ChatTemplate(tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""
         self._refuse_megabytes(len(text))
         return self._tokenizer.encode(text, control_tokens=True)
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """See :meth:`gale.engine.request.Engine.encode_chat`."""
-        self._refuse_megabytes(_characters(messages))
-        return self._template.prompt(messages)
+    def encode_text(self, text: str) -> list[int]:
+        """See :meth:`gale.engine.request.Reader.encode_text`."""
+        self._refuse_megabytes(len(text))
+        return self._tokenizer.encode_whole(text)
+
+    def encode_chat(
+        self, messages: list[Message], tools: Tools | None = None, template: ChatTemplate | None = None
+    ) -> list[int]:
+        """See :meth:`gale.engine.request.Engine.encode_chat`; with ``tools``, and by another ``template`` if given."""
+        shown = tools_for_template(tools) if tools else None
+        self._refuse_megabytes(_characters([messages, shown]))
+        return (template or self.template).prompt(messages, tools=shown)
 
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
@@ -34,14 +43,17 @@ class Prompts:
         """Raises :class:`PromptError` for tokens that the model cannot read."""
         if not prompt:
             raise PromptError("A prompt needs at least one token.")
-        if not 0 <= min(prompt) <= max(prompt) < self._config.vocabulary_size:
-            raise PromptError(f"This model's tokens are numbered from 0 to {self._config.vocabulary_size - 1}.")
+        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary_size:
+            raise PromptError(f"This model's tokens are numbered from 0 to {self._vocabulary_size - 1}.")
 
     def _refuse_megabytes(self, characters: int) -> None:
-        """Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server."""
+        """Raises :class:`ContextLengthError` at once for what cannot fit in any way.
+
+        Encoding megabytes takes seconds during which the tokenizer holds Python's lock, and so the whole server.
+        """
         least = characters // self._tokenizer.longest_token_characters
-        if least > self._config.context_length:
-            raise ContextLengthError(least, self._config.context_length, at_least=True)
+        if least > self._context_length:
+            raise ContextLengthError(least, self._context_length, at_least=True)
 
 
 def _characters(value: object) -> int:

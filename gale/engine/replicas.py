@@ -120,7 +120,11 @@ class ReplicaEngine:
 
         options = options or EngineOptions()
         config = ModelConfig.load(folder)
-        prompts = Prompts(load_tokenizer(folder, config), config)
+        prompts = Prompts(
+            load_tokenizer(folder, config),
+            vocabulary_size=config.vocabulary_size,
+            context_length=config.context_length,
+        )
         _require(ray.cluster_resources(), {"CPU": cpus * replicas, "GPU": gpus * replicas})
         deployment = serve.deployment(
             num_replicas=replicas,

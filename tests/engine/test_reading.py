@@ -306,4 +306,4 @@ def test_a_failed_step_fails_the_reading_and_not_the_engine(
         with pytest.raises(EngineFailedError):
             asyncio.run(engine.embed(TEXTS))
     assert len(asyncio.run(engine.embed(TEXTS)).vectors) == len(TEXTS)
-    assert engine.encode_chat(user("a")) == engine._prompt(user("a"))
+    assert len(engine.encode_chat(user("a"))) == engine.count_prompt_tokens(user("a"))

@@ -33,13 +33,16 @@ from gale.engine.request import (
     TokenScore,
     Usage,
 )
-from gale.model.transformer import Decoder
 from gale.text.template import Message
 from gale.text.tokenizer import Tokenizer
 
 END = Finished("stop", Usage(3, 2))
 WORDS = [TextDelta("one "), TextDelta("two ")]
 HI = [Message(role="user", content="hi")]
+
+
+def prompts(tokenizer: Tokenizer) -> Prompts:
+    return Prompts(tokenizer, vocabulary_size=tokenizer.vocabulary_size, context_length=700)
 
 
 class Handle:
@@ -82,9 +85,9 @@ class Response:
 
 
 @pytest.fixture
-def ask(tokenizer: Tokenizer, model: Decoder) -> Callable[..., list[Any]]:
+def ask(tokenizer: Tokenizer) -> Callable[..., list[Any]]:
     def ask(handle: Handle, sampling: SamplingParams | None = None) -> list[Any]:
-        engine = ReplicaEngine(handle, "gale-test", Prompts(tokenizer, model.config), model_id="m", context_length=700)
+        engine = ReplicaEngine(handle, "gale-test", prompts(tokenizer), model_id="m", context_length=700)
 
         async def events() -> list[Any]:
             return [event async for event in engine.chat(HI, sampling or SamplingParams())]
@@ -154,11 +157,11 @@ def test_what_is_no_loss_is_not_tried_again(
 
 
 def test_closing_an_answer_or_cancelling_its_reader_cancels_it_at_the_replica(
-    tokenizer: Tokenizer, model: Decoder
+    tokenizer: Tokenizer,
 ) -> None:
     async def check() -> None:
         handle = Handle([WORDS[0], None], [None])
-        engine = ReplicaEngine(handle, "gale-test", Prompts(tokenizer, model.config), model_id="m", context_length=700)
+        engine = ReplicaEngine(handle, "gale-test", prompts(tokenizer), model_id="m", context_length=700)
         events = engine.chat(HI, SamplingParams())
         assert await anext(events) == WORDS[0]
         await events.aclose()
@@ -177,8 +180,8 @@ def test_a_replica_that_is_told_to_stop_counts_as_lost(ask: Callable[..., Any]) 
     assert ask(Handle([WORDS[0], asyncio.CancelledError()], [*WORDS, END])) == [*WORDS, END]
 
 
-def test_prompts_are_checked_and_counted_at_the_front(tokenizer: Tokenizer, model: Decoder) -> None:
-    engine = ReplicaEngine(Handle(), "x", Prompts(tokenizer, model.config), model_id="m", context_length=700)
+def test_prompts_are_checked_and_counted_at_the_front(tokenizer: Tokenizer) -> None:
+    engine = ReplicaEngine(Handle(), "x", prompts(tokenizer), model_id="m", context_length=700)
     for prompt in ([], [-1], [10**6]):
         with pytest.raises(PromptError):
             engine.complete(prompt, SamplingParams())
