@@ -54,10 +54,10 @@ class Contender:
     speeds: dict[str, list[float]] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
 
-    def ask(self, streams: int, prompt: int, new: int) -> dict[str, float]:
+    def ask(self, streams: int, prompt: int, new: int, **more: int) -> dict[str, float]:
         """Let it generate; what that cost."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps({"streams": streams, "prompt": prompt, "new": new}) + "\n")
+        self.process.stdin.write(json.dumps({"streams": streams, "prompt": prompt, "new": new, **more}) + "\n")
         self.process.stdin.flush()
         return self.read()
 
@@ -87,10 +87,14 @@ def main() -> None:
     arguments.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments.add_argument("--only", nargs="+", choices=CONTENDERS, help="these rows alone")
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--latency", action="store_true", help="only what people wait while others are answered")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--work", type=Path, default=HERE.parent / "runs" / "bench-serve", help="folder for models")
     arguments.add_argument("--out", type=Path, default=HERE / "results", help="folder for serve.json and serve.md")
     asked = arguments.parse_args()
+    if asked.latency:
+        waiting(asked)
+        return
     results: dict[str, Any] = {"about": about(asked.threads, asked.peers)}
     for shape in asked.shapes:
         folder = asked.work / shape
@@ -174,29 +178,11 @@ def make_models(folder: Path, shape: str, peers: Path | None) -> None:
 def compare(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """All contenders, taking turns."""
     contenders = []
-    for label, (engine, weights) in CONTENDERS.items():
+    for label, (engine, _) in CONTENDERS.items():
         other = engine in ("llama.cpp", "OpenVINO")
         if (other and not asked.peers) or (asked.only and label not in asked.only):
             continue
-        python = str(asked.peers) if other else sys.executable
-        command = [
-            python,
-            str(HERE / "serve_contender.py"),
-            engine,
-            str(folder),
-            weights,
-            str(asked.threads),
-            str(VOCABULARY),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads), "GALE_THREADS": str(asked.threads)}
-        quiet = subprocess.DEVNULL if not os.environ.get("BENCH_SHOW") else None
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
-        )
-        contender = Contender(label, process)
-        contender.ready = contender.read()["ready"]
-        contender.ask(1, 64, 4)  # warm
-        contenders.append(contender)
+        contenders.append(start(label, folder, asked))
     for _ in range(asked.rounds):
         for column in COLUMNS:
             for contender in contenders:
@@ -229,6 +215,51 @@ def compare(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def start(label: str, folder: Path, asked: argparse.Namespace) -> Contender:
+    """A contender that has answered once."""
+    engine, weights = CONTENDERS[label]
+    python = str(asked.peers) if engine in ("llama.cpp", "OpenVINO") else sys.executable
+    command = [
+        python,
+        str(HERE / "serve_contender.py"),
+        engine,
+        str(folder),
+        weights,
+        str(asked.threads),
+        str(VOCABULARY),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads), "GALE_THREADS": str(asked.threads)}
+    quiet = subprocess.DEVNULL if not os.environ.get("BENCH_SHOW") else None
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
+    )
+    contender = Contender(label, process)
+    contender.ready = contender.read()["ready"]
+    contender.ask(1, 64, 4)  # warm
+    return contender
+
+
+def waiting(asked: argparse.Namespace) -> None:
+    """Print what one waits for a prompt of 512 tokens beside 8 answers, and those for their next token."""
+    print("| | first token alone, ms | beside 8 answers | ratio | gap between tokens, median | 99% | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for shape in asked.shapes:
+        make_models(asked.work / shape, shape, None)
+        for label in ("Gale bf16", "Gale int8", "Gale int4"):
+            contender = start(label, asked.work / shape, asked)
+            rounds = [contender.ask(8, 16, 96, beside=512) for _ in range(asked.rounds)]
+            contender.process.terminate()
+            alone, beside, gap, late = (
+                statistics.median(each[name] for each in rounds) * 1000
+                for name in ("first_alone", "first_beside", "gap_median", "gap_p99")
+            )
+            print(
+                f"| {shape}, {label} | {alone:.0f} | {beside:.0f} | {beside / alone:.2f} "
+                f"| {gap:.1f} | {late:.1f} | {late / gap:.2f} |",
+                flush=True,
+            )
 
 
 def table(shape: str, rows: list[dict[str, Any]]) -> str:

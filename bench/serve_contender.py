@@ -2,7 +2,7 @@
 
 Reads requests from stdin, a JSON line each: {"streams": B, "prompt": tokens, "new": tokens}; answers with the seconds
 and processor seconds from handing over B fresh random prompts until each has so many new tokens, chosen greedily, and
-with the process's resident memory.
+with the process's resident memory. With "beside": tokens in it, Gale measures `latency`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,47 @@ def gale(folder: Path, weights: str, threads: int) -> Generate:
             if isinstance(event, Finished):
                 assert event.usage.completion_tokens == new
 
+    async def latency(running: list[list[int]], prompt: list[int], new: int) -> dict[str, float]:
+        """What people wait while others are answered.
+
+        `running` prompts are answered with `new` tokens each; half-way `prompt` comes. Seconds until its first token,
+        alone and then, and the gaps between the tokens of those that run, before and after it came.
+        """
+        began = time.perf_counter()
+        await one(prompt[::-1], 1)
+        figures = {"first_alone": time.perf_counter() - began}
+        gaps: list[tuple[float, float]] = []
+        half = asyncio.Event()
+
+        async def watch(each: list[int]) -> None:
+            last, sampling = 0.0, SamplingParams(max_tokens=new, temperature=0, logprobs=0)
+            async for event in engine.complete(each, sampling):
+                now = time.perf_counter()
+                if last and not isinstance(event, Finished):
+                    gaps.append((now, now - last))
+                    if len(gaps) == len(running) * new // 2:
+                        half.set()
+                last = now
+
+        watchers = [asyncio.create_task(watch(each)) for each in running]
+        await half.wait()
+        came = time.perf_counter()
+        await one(prompt, 1)
+        figures["first_beside"] = time.perf_counter() - came
+        there = time.perf_counter()
+        await asyncio.gather(*watchers)
+        quiet = sorted(gap for now, gap in gaps if now < came or now > there)
+        everything = sorted(gap for _, gap in gaps)
+        return figures | {"gap_median": quiet[len(quiet) // 2], "gap_p99": everything[int(len(everything) * 0.99)]}
+
     async def every(prompts: list[list[int]], new: int) -> None:
         await asyncio.gather(*(one(prompt, new) for prompt in prompts))
 
-    return lambda prompts, new: loop.run_until_complete(every(prompts, new))
+    def generate(prompts: list[list[int]], new: int) -> None:
+        loop.run_until_complete(every(prompts, new))
+
+    generate.latency = lambda *asked: loop.run_until_complete(latency(*asked))  # type: ignore[attr-defined]
+    return generate
 
 
 def transformers(folder: Path, weights: str, threads: int) -> Generate:
@@ -157,6 +194,12 @@ def main() -> None:
         prompts = [
             [draw.randrange(10, int(vocabulary)) for _ in range(asked["prompt"])] for _ in range(asked["streams"])
         ]
+        if "beside" in asked:
+            figures = generate.latency(
+                prompts, [draw.randrange(10, int(vocabulary)) for _ in range(asked["beside"])], asked["new"]
+            )  # type: ignore[attr-defined]
+            os.write(out, (json.dumps(figures) + "\n").encode())
+            continue
         wall, cpu = time.perf_counter(), time.process_time()
         generate(prompts, asked["new"])
         figures = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
