@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 import httpx2
 import structlog
 
 from gale.core.errors import GaleError
-from gale.core.settings import settings
 from gale.engine.request import (
     ContextLengthError,
     EngineFailedError,
@@ -33,17 +31,15 @@ from gale.engine.request import (
     Usage,
 )
 from gale.engine.stop import StopScanner
+from gale.engine.upstream_http import MOST_ANSWER_BYTES, UpstreamHttp, content_of
 from gale.engine.upstream_wire import (
     Chunk,
     ToolCalls,
     UpstreamRefusedError,
-    as_error,
     estimated_tokens,
     finish_reason,
     malformed,
     parse_chunk,
-    parse_json,
-    refused_fields,
     sampling_body,
     token_scores,
     tool_fields,
@@ -51,12 +47,7 @@ from gale.engine.upstream_wire import (
 )
 from gale.text.template import Message
 
-RETRIES = 2
 MOST_EVENT_BYTES = 1024 * 1024
-_FIRST_PAUSE_S = 0.25
-_MOST_ANSWER_BYTES = 64 * 1024 * 1024
-_MOST_ERROR_BYTES = 64 * 1024
-_PASSING = (502, 503, 504)  # statuses that may be gone in a moment
 # No token of a vocabulary in use is longer, so a text of n bytes has at least n over this many tokens.
 _LONGEST_TOKEN_BYTES = 256
 _MOST_KNOWN_TOKENS = 2**18
@@ -68,27 +59,17 @@ log = structlog.get_logger()
 class UpstreamEngine:
     """An OpenAI-compatible server. Implements :class:`gale.engine.request.Engine`; made by :meth:`connect`.
 
-    Requests are tried again, up to :data:`RETRIES` times, while nothing of the answer has come and the fault may pass.
     Closing an answer closes its connection, which is how these servers learn that nobody reads any more.
     """
 
     def __init__(self, url: str, *, key: str | None) -> None:
-        self._base, self._root = _addresses(url)
-        headers = {"accept-encoding": "identity"}  # so that what is measured is what is held in memory
-        if key is not None:
-            headers["authorization"] = f"Bearer {key}"
-        patience = httpx2.Timeout(settings().upstream_read_s, connect=settings().upstream_connect_s)
-        # As many connections as requests: how many there may be is the server's business, on either side.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)
-        self._http = httpx2.AsyncClient(headers=headers, timeout=patience, limits=limits)
-        self._blocking = httpx2.Client(headers=headers, timeout=patience, limits=limits)
+        self._http = UpstreamHttp(url, key)
         self._model_id = ""
         self._context_length = 0
         self._owner = ""
         self._adapters: tuple[str, ...] = ()
         self._tokenizes = False
         self._bytes: dict[int, bytes] = {}
-        self._unwanted: set[str] = set()  # optional fields that this upstream has refused before
 
     @classmethod
     def connect(
@@ -103,17 +84,19 @@ class UpstreamEngine:
         try:
             engine._look(model, context_length)
         except BaseException:
-            engine._blocking.close()
+            engine._http.give_up()
             raise
         return engine
 
     def _look(self, model: str | None, context_length: int | None) -> None:
-        listed = self._ask("GET", f"{self._base}/models").get("data")
+        listed = self._http.ask("GET", f"{self._http.base}/models").get("data")
         models = {str(each.get("id")): each for each in listed or [] if isinstance(each, dict)}
         bases = [name for name, card in models.items() if not card.get("parent")]  # the others are adapters over one
         if model is None and len(bases) != 1:
             names = ", ".join(sorted(bases)[:10]) or "none"
-            raise GaleError(f"{self._base} serves {len(bases)} models: {names}.", hint="Choose with --upstream-model.")
+            raise GaleError(
+                f"{self._http.base} serves {len(bases)} models: {names}.", hint="Choose with --upstream-model."
+            )
         self._model_id = model or bases[0]
         self._adapters = tuple(name for name, card in models.items() if card.get("parent") == self._model_id)
         if self._model_id not in models and models:
@@ -122,13 +105,15 @@ class UpstreamEngine:
         self._owner = str(card.get("owned_by") or "")
         length = context_length or _context_length(card)
         if length is None and self._owner == "llamacpp":
-            length = _context_length(self._ask("GET", f"{self._root}/props").get("default_generation_settings"))
+            length = _context_length(
+                self._http.ask("GET", f"{self._http.root}/props").get("default_generation_settings")
+            )
         if length is None:
             raise GaleError(
-                f"{self._base} does not say how long the context of {self._model_id} is.",
+                f"{self._http.base} does not say how long the context of {self._model_id} is.",
                 hint="Say it with --upstream-context.",
             )
-        self._context_length = length
+        self._http.context_length = self._context_length = length
         try:
             self._tokenizes = True
             self.encode("a")
@@ -162,7 +147,7 @@ class UpstreamEngine:
         """See :meth:`gale.engine.request.Engine.encode_chat`."""
         self._refuse_megabytes(json.dumps(messages, ensure_ascii=False))
         if self._owner == "llamacpp":
-            text = self._ask("POST", f"{self._root}/apply-template", {"messages": wire_messages(messages)})
+            text = self._http.ask("POST", f"{self._http.root}/apply-template", {"messages": wire_messages(messages)})
             return self._tokens({"content": text.get("prompt"), "add_special": True})
         return self._tokens({"model": self._model_id, "messages": wire_messages(messages)})
 
@@ -179,7 +164,7 @@ class UpstreamEngine:
         """
         if token not in self._bytes:
             self._require_tokenizer()
-            self._learn({token: _text_of(self._ask("POST", f"{self._root}/detokenize", self._one(token)))})
+            self._learn({token: _text_of(self._http.ask("POST", f"{self._http.root}/detokenize", self._one(token)))})
         return self._bytes[token]
 
     async def chat(
@@ -234,8 +219,7 @@ class UpstreamEngine:
 
     async def close(self) -> None:
         """End all requests and their connections."""
-        await self._http.aclose()
-        self._blocking.close()
+        await self._http.close()
 
     async def _answer(
         self,
@@ -291,7 +275,7 @@ class UpstreamEngine:
         yield Finished(reason, usage or Usage(prompt_tokens(), pieces))
 
     async def _chunks(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncGenerator[Chunk, None]:
-        async with self._open(path, body, optional) as response:
+        async with self._http.open(path, body, optional) as response:
             async for event in httpx2.EventSource(response, MOST_EVENT_BYTES):
                 if event.data.strip() == "[DONE]":
                     return
@@ -300,76 +284,17 @@ class UpstreamEngine:
 
     async def _prompt_scores(self, body: dict[str, Any], tokens: int, top: int, optional: set[str]) -> PromptScores:
         """The scores of the prompt, asked for by themselves, so that the answer's text stands alone."""
-        async with self._open("completions", body | {"echo": True, "max_tokens": 0}, optional) as response:
-            choices = parse_chunk(await _content(response, _MOST_ANSWER_BYTES), self._context_length).choices
+        async with self._http.open("completions", body | {"echo": True, "max_tokens": 0}, optional) as response:
+            choices = parse_chunk(await content_of(response, MOST_ANSWER_BYTES), self._context_length).choices
         scores, known = token_scores((choices[0].logprobs if choices else None) or {"content": []}, top)
         if len(scores) < tokens:
             raise UpstreamRefusedError("The upstream gives no log-probabilities of prompts.")
         await self._learn_tokens(scores[:tokens], known)
         return PromptScores(tuple(scores[:tokens]))
 
-    @asynccontextmanager
-    async def _open(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncIterator[httpx2.Response]:
-        """A response of status 2xx whose content is still to come. Faults of the connection, then and later, are raised
-        as :class:`EngineFailedError`, refusals as :func:`as_error` says.
-        """
-        failures = 0
-        while True:
-            sent = {name: value for name, value in body.items() if name not in self._unwanted & optional}
-            try:
-                request = self._http.build_request("POST", f"{self._base}/{path}", json=sent)
-                response = await self._http.send(request, stream=True)
-            except httpx2.TransportError as error:
-                if failures == RETRIES or isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout):
-                    raise _failed(error) from error
-            else:
-                try:
-                    if response.is_success:
-                        yield response
-                        return
-                    said = _parsed(await _content(response, _MOST_ERROR_BYTES, cut=True))
-                except httpx2.TransportError as error:
-                    raise _failed(error) from error
-                finally:
-                    await response.aclose()
-                refused = refused_fields(response.status_code, said, optional) - self._unwanted
-                if refused:
-                    self._unwanted |= refused
-                    log.info("upstream_refused_defaults", fields=sorted(refused))
-                    continue
-                if "max_tokens" in body and refused_fields(response.status_code, said, {"max_completion_tokens"}):
-                    body = {**body, "max_completion_tokens": body["max_tokens"]}
-                    del body["max_tokens"]
-                    continue
-                refusal = as_error(response.status_code, said, self._context_length)
-                fits = isinstance(refusal, ContextLengthError) and refusal.prompt_tokens < refusal.context_length
-                if fits and "max_tokens" in body:  # the answer's limit alone is too long: then the context is the limit
-                    body = {name: value for name, value in body.items() if name != "max_tokens"}
-                    continue
-                passing = response.status_code in _PASSING and isinstance(refusal, EngineFailedError)
-                if failures == RETRIES or not passing:
-                    raise refusal
-            await asyncio.sleep(_FIRST_PAUSE_S * 2**failures)
-            failures += 1
-
-    def _ask(self, method: str, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """A small question, answered by a JSON object; from any thread."""
-        try:
-            with self._blocking.stream(method, url, json=body) as response:
-                content = bytearray()
-                for part in response.iter_raw():
-                    content += part
-                    if len(content) > _MOST_ANSWER_BYTES:
-                        raise malformed("it is too long")
-        except httpx2.TransportError as error:
-            raise _failed(error) from error
-        if not response.is_success:
-            raise as_error(response.status_code, _parsed(bytes(content[:_MOST_ERROR_BYTES])), self._context_length)
-        return parse_json(bytes(content))
-
     def _tokens(self, body: dict[str, Any]) -> list[int]:
         self._require_tokenizer()
-        tokens = self._ask("POST", f"{self._root}/tokenize", body).get("tokens")
+        tokens = self._http.ask("POST", f"{self._http.root}/tokenize", body).get("tokens")
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise malformed("its tokens are no numbers")
         return tokens
@@ -390,13 +315,8 @@ class UpstreamEngine:
             await asyncio.gather(*map(self._fetch_bytes, missing[low : low + _AT_ONCE]))
 
     async def _fetch_bytes(self, token: int) -> None:
-        try:
-            response = await self._http.post(f"{self._root}/detokenize", json=self._one(token))
-        except httpx2.TransportError as error:
-            raise _failed(error) from error
-        if not response.is_success:
-            raise as_error(response.status_code, _parsed(response.content[:_MOST_ERROR_BYTES]), self._context_length)
-        self._learn({token: _text_of(parse_json(response.content))})
+        answer = await self._http.post(f"{self._http.root}/detokenize", self._one(token))
+        self._learn({token: _text_of(answer)})
 
     def _learn(self, known: dict[int, bytes]) -> None:
         if len(self._bytes) > _MOST_KNOWN_TOKENS:
@@ -407,22 +327,6 @@ class UpstreamEngine:
         least = len(text.encode("utf-8", "replace")) // _LONGEST_TOKEN_BYTES
         if least > self._context_length:
             raise ContextLengthError(least, self._context_length, at_least=True)
-
-
-def _addresses(url: str) -> tuple[str, str]:
-    """Where the API begins, and where what stands beside it does. Raises :class:`GaleError` for what is no URL."""
-    try:
-        parsed = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise GaleError(f"The upstream's address cannot be read: {error}.") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise GaleError("The upstream's address must be like http://127.0.0.1:8001 or https://host/v1.")
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise GaleError(
-            "The upstream's address must not hold a user, a key or a query.", hint="Use --upstream-key-env for a key."
-        )
-    base = str(parsed.copy_with(path=parsed.path.rstrip("/") or "/v1", query=None))
-    return base, base.removesuffix("/v1")
 
 
 def _context_length(card: Any) -> int | None:
@@ -437,38 +341,9 @@ def _context_length(card: Any) -> int | None:
     return None
 
 
-async def _content(response: httpx2.Response, most: int, *, cut: bool = False) -> bytes:
-    content = bytearray()
-    async for part in response.aiter_raw():
-        content += part
-        if len(content) > most:
-            if cut:
-                break
-            raise malformed("it is too long")
-    return bytes(content[:most])
-
-
-def _parsed(content: bytes) -> Any:
-    """The body of a refusal: JSON, or whatever text a proxy puts in its place."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return content.decode("utf-8", "replace")
-
-
 def _text_of(answer: dict[str, Any]) -> bytes:
     """The text in an answer of ``/detokenize``: ``prompt`` in vLLM, ``text`` in SGLang, ``content`` in llama.cpp."""
     for name in ("prompt", "text", "content"):
         if isinstance(text := answer.get(name), str):
             return text.encode("utf-8", "replace")
     raise malformed("it holds no text")
-
-
-def _failed(error: httpx2.TransportError) -> EngineFailedError:
-    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return EngineFailedError("The upstream cannot be reached.", hint="Is it running, and is its address right?")
-    if isinstance(error, httpx2.TimeoutException):
-        return EngineFailedError("The upstream has been silent for too long.", hint="See GALE_UPSTREAM_READ_S.")
-    if isinstance(error, httpx2.SSEError):
-        return malformed(str(error).rstrip("."))
-    return EngineFailedError("The upstream broke off.")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gale.core.errors import GaleError
-from gale.engine import upstream as upstream_module
+from gale.engine import upstream_http
 from gale.engine.local import LocalEngine
 from gale.engine.request import (
     ContextLengthError,
@@ -51,7 +51,7 @@ def tiny(store: Store, tokenizer: Tokenizer, model: Decoder) -> Iterator[Live]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(upstream_http, "_FIRST_PAUSE_S", 0.01)
 
 
 def test_it_answers_as_the_engine_behind_it_does(tiny: Live) -> None:
@@ -80,7 +80,7 @@ def test_it_scores_and_counts_as_the_engine_behind_it_does(tiny: Live) -> None:
         assert isinstance(there[0], PromptScores)
         assert there == await all_of(local.complete(prompt, sampling))
         # What scores name is known without asking again, since it is asked for in the event loop.
-        engine._blocking.close()
+        engine._http.give_up()
         for token in {each.score.token for each in there if isinstance(each, TextDelta) and each.score}:
             whole = local.token_bytes(token, control_tokens=True).decode("utf-8", "replace")
             assert engine.token_bytes(token) == whole.encode()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gale.core.settings import settings
-from gale.engine import upstream as upstream_module
+from gale.engine import upstream_http
 from gale.engine.request import (
     EngineFailedError,
     Finished,
@@ -26,7 +26,7 @@ from tests.server.upstreams import all_of, ask, on, user, whole
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_module, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(upstream_http, "_FIRST_PAUSE_S", 0.01)
 
 
 @pytest.mark.parametrize(
