@@ -103,14 +103,21 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> No
     fresh: dict[str, Tensor] = {}
     for name, layer in list(_linears(model)):
         wanted = 8 if name == "lm_head" else bits
-        pair = stored.get(f"{name}.packed"), stored.get(f"{name}.scales")
-        if pair[0] is None or pair[1] is None:
-            pair = round_weight(wanted, layer.weight.detach())
-            fresh |= {f"{name}.packed": pair[0], f"{name}.scales": pair[1]}
-        assert pair[0] is not None and pair[1] is not None
-        _replace(model, name, PackedLinear(wanted, layer.out_features, pair[0], pair[1], layer.bias))
+        packed, scales = stored.get(f"{name}.packed"), stored.get(f"{name}.scales")
+        if packed is None or scales is None or not _fit(wanted, layer, packed, scales):
+            packed, scales = round_weight(wanted, layer.weight.detach())
+            fresh |= {f"{name}.packed": packed, f"{name}.scales": scales}
+        _replace(model, name, PackedLinear(wanted, layer.out_features, packed, scales, layer.bias))
     if kept and fresh:
         files.write_bytes(kept, save(fresh))
+
+
+def _fit(bits: int, layer: nn.Linear, packed: Tensor, scales: Tensor) -> bool:
+    """Whether what was kept is of this layer's size: the kernels read as much as the layer says."""
+    if not kernels.available():
+        return packed.dtype is torch.int8 and len(packed) == len(scales) == layer.out_features
+    sizes = kernels.packed_sizes(bits, layer.out_features, layer.in_features)
+    return (packed.dtype, scales.dtype, packed.numel(), scales.numel()) == (torch.uint8, torch.float32, *sizes)
 
 
 def _pack(model: Decoder) -> None:

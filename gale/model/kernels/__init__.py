@@ -103,10 +103,17 @@ def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
         native.gale_pack_bf16(weight_OC.data_ptr(), outputs, inputs, packed.data_ptr(), threads())
         return packed, torch.empty(0)
     wide_OC = weight_OC.float().contiguous()
-    packed = torch.empty(native.gale_packed_bytes(bits, outputs, inputs), dtype=torch.uint8)
-    scales_O = torch.empty(-(-outputs // _PANEL) * _PANEL if bits == 8 else 0)
+    packed_bytes, scales = packed_sizes(bits, outputs, inputs)
+    packed, scales_O = torch.empty(packed_bytes, dtype=torch.uint8), torch.empty(scales)
     native.gale_pack(bits, wide_OC.data_ptr(), outputs, inputs, packed.data_ptr(), scales_O.data_ptr(), threads())
     return packed, scales_O
+
+
+def packed_sizes(bits: int, outputs: int, inputs: int) -> tuple[int, int]:
+    """Bytes of packed weights, and how many scales stand beside them."""
+    native = _native()
+    assert native is not None
+    return native.gale_packed_bytes(bits, outputs, inputs), -(-outputs // _PANEL) * _PANEL if bits == 8 else 0
 
 
 def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Tensor | None, outputs: int) -> Tensor:

@@ -10,7 +10,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import structlog
+
 from gale.core.settings import settings
+
+log = structlog.get_logger()
 
 _HERE = Path(__file__).parent
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread"]
@@ -32,6 +36,7 @@ def library() -> tuple[Path | None, str]:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
     if compiler is None:
         return None, "there is no C++ compiler (g++ or clang++)"
+    log.info("building_native_kernels", compiler=compiler)  # some seconds, once
     command = [compiler, *_FLAGS, *(str(source) for source in sources if source.suffix == ".cpp")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
