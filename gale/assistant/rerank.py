@@ -30,6 +30,7 @@ A document says:
 
 Does the document help to answer the question? Answer with "yes" or "no" alone."""
 _YES, _NO = "yes", "no"
+MOST_TOKENS = 300_000
 
 
 class DocumentLengthError(ContextLengthError):
@@ -89,7 +90,13 @@ def _prompts(engine: Reader, query: str, documents: Sequence[str], prompt: str, 
         except ContextLengthError as error:
             raise DocumentLengthError(index, error) from error
         prompts.append(_checked(engine, ids, index))
+        _refuse_too_many(prompts)
     return prompts
+
+
+def _refuse_too_many(texts: list[list[int]]) -> None:
+    if sum(map(len, texts)) > MOST_TOKENS:
+        raise GaleError(f"All documents together, each with the query, may have at most {MOST_TOKENS:,} tokens.")
 
 
 def _filled(prompt: str, query: str, document: str) -> str:
@@ -105,6 +112,7 @@ def _texts(engine: Reader, query: str, documents: Sequence[str]) -> list[list[in
         except ContextLengthError as error:
             raise DocumentLengthError(index - 1 if index else None, error) from error
         texts.append(_checked(engine, ids, index - 1 if index else None))
+        _refuse_too_many(texts)
     return texts
 
 

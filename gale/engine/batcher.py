@@ -135,8 +135,12 @@ class Batcher:
         for (sequence, count), cache in zip(work, caches, strict=True):
             scores = self._score_prompt(sequence, hidden_NC[low : low + count], cache.length)
             cache.advance(count)
-            sequence.observe(hidden_NC[low : low + count])
-            sequence.read(scores)
+            try:
+                sequence.observe(hidden_NC[low : low + count])
+                sequence.read(scores)
+            except Exception as error:  # what is wrong with one request must not end the others
+                sequence.fail(EngineFailedError("The engine failed while reading."))
+                log.exception("reading_failed", error=str(error))
             low += count
             if sequence.unread <= 0 and not sequence.finished:  # the last token's scores are the next token's
                 sampled.append((sequence, low - 1 - len(drafts.get(sequence, ()))))

@@ -74,8 +74,17 @@ class SequenceCache:
         needed, capacity = self.length + tokens, self.capacity
         if needed > capacity:
             capacity = min(max(needed, 2 * capacity, _FIRST_CAPACITY), max(needed, self._config.context_length))
-            self._keys_LKTD = _grown(self._keys_LKTD, capacity, self.length)
-            self._values_LKTD = _grown(self._values_LKTD, capacity, self.length)
+            self._resize(capacity)
+
+    def trim(self, tokens: int) -> None:
+        """Give back what is far more than ``tokens`` need."""
+        if self.capacity > 2 * max(tokens, _FIRST_CAPACITY):
+            self._resize(max(tokens, self.length))
+
+    def _resize(self, capacity: int) -> None:
+        # Both or neither: there may be memory for one only.
+        keys, values = (_grown(each, capacity, self.length) for each in (self._keys_LKTD, self._values_LKTD))
+        self._keys_LKTD, self._values_LKTD = keys, values
 
     def extend(self, layer: int, k_QKD: Tensor, v_QKD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens of one layer and return all its keys and values [K, T, D].

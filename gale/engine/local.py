@@ -45,7 +45,7 @@ from gale.engine.speculation import Drafter, DraftModel, NgramDrafter, Speculati
 from gale.model import kernels
 from gale.model.adapter_folder import read_adapter_layers
 from gale.model.checkpoint import load_model, load_tokenizer
-from gale.model.quantised import Weights, quantise
+from gale.model.quantised import Weights, quantise, served_by_kernels
 from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
@@ -257,10 +257,10 @@ class LocalEngine:
     async def decide(self, prompt: list[int], labels: Many[str], *, adapter: str | None = None) -> Decision:
         """See :meth:`gale.engine.request.Reader.decide`."""
         self._prompts.check(prompt)
-        ways = [self._tokenizer.encode(label) for label in labels]
+        ways = await asyncio.to_thread(lambda: [self._tokenizer.encode(label) for label in labels])
         if not all(ways) or len({tuple(way) for way in ways}) != max(1, len(ways)):
             raise PromptError("There must be at least one label, and each must have a text of its own.")
-        scorer = LabelScorer(len(prompt), ways, self._model.logits)
+        scorer = await asyncio.to_thread(LabelScorer, len(prompt), ways, self._model.logits)
         if (longest := len(prompt) + scorer.further_tokens) > self.context_length:
             raise ContextLengthError(longest, self.context_length)
         await self._read(prompt, adapter, scorer)
@@ -339,11 +339,18 @@ class LocalEngine:
 
     def _work(self) -> None:
         """The thread: take in requests, step while there is work, sleep while there is none."""
-        if self._model.embed_tokens.weight.dtype is torch.bfloat16 and kernels.has_bf16():
+        threads = torch.get_num_threads()
+        if served_by_kernels(self._model):
             kernels.threads()  # counted before torch has fewer
             # The kernels have threads of their own. Torch's would keep a processor busy with waiting after every small
             # operation that they share, just when the kernels want it: measured, a third of the time of a step.
             torch.set_num_threads(1)
+        try:
+            self._serve()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _serve(self) -> None:
         drafter: Drafter | None = NgramDrafter() if self._options.ngram_drafts else None
         if self._draft is not None:
             drafter = DraftModel(self._draft)

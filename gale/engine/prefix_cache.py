@@ -77,6 +77,7 @@ class PrefixCache:
                 self._forget(entry)
                 sequence.cache = entry.cache
                 sequence.cache.truncate(tokens)
+                sequence.cache.trim(len(sequence.tokens))  # what is counted is tokens, so no memory may hide behind few
         if sequence.cache is None:
             sequence.cache = self._caches.take()
             if entry is not None:

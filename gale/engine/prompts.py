@@ -7,6 +7,8 @@ from gale.engine.request import ContextLengthError, PromptError, Tools
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
+_MEGABYTE = 2**20
+
 
 class Prompts:
     """What ``tokenizer`` and its ``template`` make of what is asked, within a vocabulary and a context; any thread."""
@@ -33,6 +35,8 @@ class Prompts:
         """See :meth:`gale.engine.request.Engine.encode_chat`; with ``tools``, and by another ``template`` if given."""
         shown = tools_for_template(tools) if tools else None
         self._refuse_megabytes(_characters([messages, shown]))
+        if (written := _characters([messages, shown], whole=True)) > _MEGABYTE:
+            self._refuse_megabytes(written)
         return (template or self.template).prompt(messages, tools=shown)
 
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
@@ -56,10 +60,13 @@ class Prompts:
             raise ContextLengthError(least, self._context_length, at_least=True)
 
 
-def _characters(value: object) -> int:
-    """Characters of all texts in a message, however deep."""
-    if isinstance(value, str):
-        return len(value)
+def _characters(value: object, *, whole: bool = False) -> int:
+    """Characters of all texts in a message or a tool, however deep, which a template shows.
+
+    The ``whole`` of it, with names and numbers, may be more than it shows.
+    """
     if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
+        return sum(len(key) * whole + _characters(each, whole=whole) for key, each in value.items())
+    if isinstance(value, list):
+        return len(value) * whole + sum(_characters(each, whole=whole) for each in value)
+    return len(value) if isinstance(value, str) else int(whole)

@@ -107,10 +107,10 @@ class LabelScorer:
             return pending
         path = self._paths[0] if behind else ()
         rows = min(len(hidden_KC), behind + 1)
-        logprobs_KV = torch.log_softmax(self._logits(hidden_KC[-rows:]).float(), dim=-1)
-        for row, logprobs_V in enumerate(logprobs_KV):
+        for row, hidden_C in enumerate(hidden_KC[-rows:]):  # one by one: of a wide vocabulary many would not fit
             following = self._next.get(path[: behind + 1 - rows + row], {})
             if following:
+                logprobs_V = torch.log_softmax(self._logits(hidden_C[None])[0].float(), dim=-1)
                 tokens = torch.tensor(list(following), device=logprobs_V.device)
                 following.update(zip(following, logprobs_V[tokens].tolist(), strict=True))
         if pending:

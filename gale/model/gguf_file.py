@@ -69,7 +69,7 @@ class GgufFile:
             with path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             fields, tensors = _read(data)
-        except (OSError, ValueError, KeyError, struct.error) as error:
+        except (OSError, ValueError, KeyError, OverflowError, struct.error) as error:
             hint = "Copy or download the file again."
             raise ModelError(f"{path} is no GGUF file, or damaged, or cut short: {error}.", hint=hint) from error
         return cls(path, fields, tensors)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import structlog
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -22,13 +23,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from gale.core import files
-from gale.core.errors import ModelError
+from gale.core.errors import GaleError, ModelError
 from gale.core.settings import settings
 from gale.model import kernels
 from gale.model.checkpoint import weight_files
 from gale.model.transformer import Decoder
 
 Weights = Literal["bf16", "int8", "int4"]
+log = structlog.get_logger()
+
 _GROUP = 32
 _LAYOUT = "1"  # of packed weights; a change makes those on disk worthless
 
@@ -101,15 +104,36 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> No
     kept = None if folder is None else _kept(folder, bits)
     stored = _read(kept) if kept else {}
     fresh: dict[str, Tensor] = {}
+    kept_bytes = 0
     for name, layer in list(_linears(model)):
         wanted = 8 if name == "lm_head" else bits
         packed, scales = stored.get(f"{name}.packed"), stored.get(f"{name}.scales")
         if packed is None or scales is None or not _fit(wanted, layer, packed, scales):
             packed, scales = round_weight(wanted, layer.weight.detach())
             fresh |= {f"{name}.packed": packed, f"{name}.scales": scales}
+        else:
+            kept_bytes += packed.nbytes
         _replace(model, name, PackedLinear(wanted, layer.out_features, packed, scales, layer.bias))
+    model.mapped_bytes += kept_bytes
     if kept and fresh:
-        files.write_bytes(kept, save(fresh))
+        try:
+            files.write_bytes(kept, save(fresh))
+        except GaleError as error:  # it is only for the next start
+            log.warning("rounded_weights_not_kept", error=error.message)
+
+
+def served_by_kernels(model: Decoder) -> bool:
+    """Whether nothing that takes long is left to torch in a model that :func:`quantise` has seen."""
+    config, weight = model.config, model.embed_tokens.weight
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype is torch.bfloat16
+        and kernels.can_attend()
+        and config.experts is None
+        and config.attention_softcap is None
+        and config.head_dim % 4 == 0
+        and not any(isinstance(layer, nn.Linear) for layer in model.modules())
+    )
 
 
 def _fit(bits: int, layer: nn.Linear, packed: Tensor, scales: Tensor) -> bool:
@@ -133,6 +157,9 @@ def _pack(model: Decoder) -> None:
 
 def _replace(model: Decoder, name: str, layer: PackedLinear) -> None:
     parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name).weight
+    if isinstance(old, Tensor) and old is not model.embed_tokens.weight:  # if it was mapped, it is not looked at again
+        model.mapped_bytes = max(0, model.mapped_bytes - old.nbytes)
     setattr(model.get_submodule(parent), child, layer)
 
 

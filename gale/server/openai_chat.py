@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -65,15 +66,17 @@ async def _whole(engine: Engine, asked: Asked) -> dict[str, Any]:
                 answers[index].add(event)
     finally:
         await events.aclose()
-    choices = [
-        {
+
+    def choice(index: int, answer: Answer) -> dict[str, Any]:
+        return {
             "index": index,
             "message": answer.message(),
             "logprobs": _logprobs(engine, asked, answer.scores),
             "finish_reason": answer.finish_reason(ends[index]),
         }
-        for index, answer in enumerate(answers)
-    ]
+
+    # In a thread, because scores may be very many.
+    choices = [await asyncio.to_thread(choice, index, answer) for index, answer in enumerate(answers)]
     return {**head, "choices": choices, "usage": _usage(ends)}
 
 

@@ -47,8 +47,15 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 # Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
+    "structured_outputs": (),
     "suffix": ("",),
 }
 
@@ -184,7 +191,8 @@ async def _pieces(engine: Engine, job: _Job) -> AsyncGenerator[_Piece, None]:
         async for event in events:
             match event:
                 case PromptScores() if logprobs is not None:
-                    yield _Piece(job.index, job.echo or "", logprobs.lists(event.scores, prompt=True))
+                    lists = await asyncio.to_thread(logprobs.lists, event.scores, prompt=True)  # of a long prompt
+                    yield _Piece(job.index, job.echo or "", lists)
                 case TextDelta():
                     score = [] if event.score is None else [event.score]
                     yield _Piece(job.index, event.text, logprobs.lists(score) if logprobs else None)

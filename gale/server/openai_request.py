@@ -20,14 +20,23 @@ from gale.text.template import Message
 
 # Parameters that Gale does not have yet, each with the values that ask for nothing. All may also be null.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
     "audio": (),
+    "bad_words": ([],),
     "chat_template": (),
     "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
+    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
+    "truncate_prompt_tokens": (),
     "verbosity": ("medium",),
     "web_search_options": (),
 }

@@ -87,6 +87,8 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's: exactly one of these."""
 
+    model_config = ConfigDict(strict=True, extra="forbid")
+
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: Annotated[list[str] | None, at_most(MOST_OPTIONS)] = None

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gale.engine.request import Engine
 from gale.server.errors import ApiError
-from gale.server.field_checks import INT64
+from gale.server.field_checks import INT64, at_most
 from gale.server.json_body import read_json, request_schema
 from gale.server.openai_models import require_model
 from gale.server.openai_request import refuse_unsupported, to_messages
 from gale.server.openai_schema import MOST_MESSAGES, ChatMessage
 
+_MOST_TOKENS = 2**18
 # What vLLM has beside and Gale has not, each with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -47,7 +48,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=INT64)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=INT64)]], at_most(_MOST_TOKENS)]
 
 
 def routes(engine: Engine) -> APIRouter:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gale.engine import kv_cache
 from gale.engine.kv_cache import OwnCaches, attend_one
 from gale.model.config import ModelConfig
 
@@ -37,3 +38,27 @@ def test_growing_keeps_what_is_stored() -> None:
             torch.testing.assert_close(stored, (keys[:high] + layer).transpose(0, 1))
         cache.advance(high - low)
     assert cache.length == 900
+
+
+def test_a_cache_that_cannot_grow_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that have grown beside values that have not would be written beyond their end."""
+    config = ModelConfig("qwen3", 10, 8, 8, 2, 2, 1, 4, context_length=1000)
+    cache = OwnCaches(config, torch.float32, torch.device("cpu")).take()
+    cache.reserve(10)
+    grown, calls = kv_cache._grown, []
+
+    def second_fails(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return grown(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kv_cache, "_grown", second_fails)
+    with pytest.raises(MemoryError):
+        cache.reserve(900)
+    assert cache.tensors[0].shape == cache.tensors[1].shape
+    cache.reserve(900)
+    assert cache.capacity >= 900
+    assert cache.tensors[0].shape == cache.tensors[1].shape
+    cache.trim(20)
+    assert cache.capacity < 900

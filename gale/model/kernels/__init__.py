@@ -200,6 +200,7 @@ def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> ctypes.Array
     row, items = 0, []
     for keys_LKTD, values_LKTD, length, count in caches:
         layer, head = keys_LKTD.stride(0), keys_LKTD.stride(1)
+        assert keys_LKTD.stride() == values_LKTD.stride() and length + count <= keys_LKTD.shape[2]
         items.append(CachedSequence(keys_LKTD.data_ptr(), values_LKTD.data_ptr(), layer, head, length, row, count, 0))
         row += count
     return (CachedSequence * len(items))(*items)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import structlog
@@ -17,6 +18,7 @@ from gale.core.settings import settings
 log = structlog.get_logger()
 
 _HERE = Path(__file__).parent
+_KEPT_S = 90 * 86400.0
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread"]
 # What lets the compiler vectorise; sums that must come out the same everywhere are written with instructions of their
 # own, which this leaves as they are.
@@ -48,8 +50,8 @@ def library() -> tuple[Path | None, str]:
             made.replace(folder / name)  # whole or not at all: another process may look for it now
     except (OSError, subprocess.SubprocessError) as error:
         return None, str(error)
-    for old in folder.glob("kernels-*.so"):  # of another version; who has it open keeps it
-        if old.name != name:
-            with contextlib.suppress(OSError):
+    for old in folder.glob("kernels-*.so"):  # of other versions, which may still be in use beside this one
+        with contextlib.suppress(OSError):
+            if old.name != name and old.stat().st_mtime < time.time() - _KEPT_S:
                 old.unlink()
     return folder / name, ""

@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -27,9 +28,9 @@ class Pool {
   static void run(int chunks, int threads, const Work& work) {
     if (chunks > 1 && threads > 1) {
       Pool& pool = instance();
-      if (pool.busy_.try_lock()) {  // another thread's kernels have the workers: then this one works alone
+      std::unique_lock<std::mutex> alone(pool.busy_, std::try_to_lock);
+      if (alone.owns_lock()) {  // else another thread's kernels have the workers, and this one works alone
         pool.share(chunks, threads, [](const void* self, int chunk) { (*static_cast<const Work*>(self))(chunk); }, &work);
-        pool.busy_.unlock();
         return;
       }
     }
@@ -53,7 +54,13 @@ class Pool {
   }
 
   void share(int chunks, int threads, Call call, const void* work) {
-    for (; workers_ < threads - 1; ++workers_) std::thread([this, number = workers_] { serve(number); }).detach();
+    for (; workers_ < threads - 1; ++workers_) {
+      try {
+        std::thread([this, number = workers_] { serve(number); }).detach();
+      } catch (const std::system_error&) {  // the system gives no more threads: fewer do it too
+        break;
+      }
+    }
     call_ = call;
     work_ = work;
     chunks_ = chunks;
