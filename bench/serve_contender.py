@@ -20,11 +20,14 @@ Generate = Callable[[list[list[int]], int], None]
 
 
 def gale(folder: Path, weights: str, threads: int) -> Generate:
-    """The engine that `gale serve` runs, asked through its own face; nothing that it has generated is left out."""
+    """The engine that `gale serve` runs, asked through its own face. It does not guess ahead, as nobody else does:
+    random models repeat themselves, so that guesses would come true far more often than with a trained one.
+    """
     from gale.engine.local import LocalEngine
+    from gale.engine.options import EngineOptions
     from gale.engine.request import Finished, SamplingParams
 
-    engine = LocalEngine.load(folder, weights=weights)  # type: ignore[arg-type]
+    engine = LocalEngine.load(folder, EngineOptions(ngram_drafts=False), weights=weights)  # type: ignore[arg-type]
     engine._end_tokens = frozenset()
     loop = asyncio.new_event_loop()
 

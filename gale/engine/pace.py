@@ -14,10 +14,10 @@ _NEW = 0.3  # share of the newest measurement
 class Pace:
     """Chunks of at most ``most`` tokens such that a step takes ``stretch`` times one that reads no prompt.
 
-    With a stretch of 3 answers go on at a third of their speed at worst, and a prompt is read at two thirds.
+    With a stretch of 2.8 answers go on at 36% of their speed at worst, and a prompt is read at 64%.
     """
 
-    def __init__(self, most: int, stretch: float = 3.0) -> None:
+    def __init__(self, most: int, stretch: float = 2.8) -> None:
         self._most = most
         self._stretch = stretch
         self._answer_s: float | None = None  # a step of answers alone
