@@ -15,11 +15,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Generate = Callable[[list[list[int]], int], None]
+Waiting = Callable[[list[list[int]], list[int], int], dict[str, float]]
 
 
-def gale(folder: Path, weights: str, threads: int) -> Generate:
+def gale(folder: Path, weights: Any, threads: int) -> tuple[Generate, Waiting]:
     """The engine that `gale serve` runs, asked through its own face. It does not guess ahead, as nobody else does:
     random models repeat themselves, so that guesses would come true far more often than with a trained one.
     """
@@ -27,7 +29,7 @@ def gale(folder: Path, weights: str, threads: int) -> Generate:
     from gale.engine.options import EngineOptions
     from gale.engine.request import Finished, SamplingParams
 
-    engine = LocalEngine.load(folder, EngineOptions(ngram_drafts=False), weights=weights)  # type: ignore[arg-type]
+    engine = LocalEngine.load(folder, EngineOptions(ngram_drafts=False), weights=weights)
     engine._end_tokens = frozenset()
     loop = asyncio.new_event_loop()
 
@@ -76,8 +78,10 @@ def gale(folder: Path, weights: str, threads: int) -> Generate:
     def generate(prompts: list[list[int]], new: int) -> None:
         loop.run_until_complete(every(prompts, new))
 
-    generate.latency = lambda *asked: loop.run_until_complete(latency(*asked))  # type: ignore[attr-defined]
-    return generate
+    def waiting(prompts: list[list[int]], prompt: list[int], new: int) -> dict[str, float]:
+        return loop.run_until_complete(latency(prompts, prompt, new))
+
+    return generate, waiting
 
 
 def transformers(folder: Path, weights: str, threads: int) -> Generate:
@@ -188,7 +192,8 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # engines print what they like, the parent reads figures only
     began = time.perf_counter()
-    generate = ENGINES[name](Path(folder), weights, int(threads))
+    opened: Any = ENGINES[name](Path(folder), weights, int(threads))
+    generate, waiting = opened if isinstance(opened, tuple) else (opened, None)
     ready = time.perf_counter() - began
     os.write(out, (json.dumps({"ready": ready}) + "\n").encode())
     draw = random.Random(0)
@@ -198,9 +203,9 @@ def main() -> None:
             [draw.randrange(10, int(vocabulary)) for _ in range(asked["prompt"])] for _ in range(asked["streams"])
         ]
         if "beside" in asked:
-            figures = generate.latency(
+            figures = waiting(
                 prompts, [draw.randrange(10, int(vocabulary)) for _ in range(asked["beside"])], asked["new"]
-            )  # type: ignore[attr-defined]
+            )
             os.write(out, (json.dumps(figures) + "\n").encode())
             continue
         wall, cpu = time.perf_counter(), time.process_time()

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -44,6 +43,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.warm_start_report import plot, tables
 from gale.core import files
 from gale.core.settings import settings
 from gale.train.ledger import Cost, Curve, entry, reach, read_curve
@@ -396,81 +396,6 @@ def prepare_texts(edition: Edition, work: Path) -> tuple[Path, str]:
         train_tokenizer(TokenizerRecipe.model_validate(tokenizer), work / "tokenizer")
         prepare(DataRecipe.model_validate(about), work / "data")
     return work / "data", ", ".join(f"{epochs:.2f} of {name}" for name, epochs in shares.items())
-
-
-def tables(result: dict[str, Any]) -> str:
-    """What came out, as Markdown."""
-    lines = ["| source tokens | held-out loss | improvement by doubling |", "|---|---|---|"]
-    for point in result["source"]["series"]:
-        better = "" if point["improvement"] is None else f"{point['improvement']:.3f}"
-        lines.append(f"| {point['tokens']:,} | {point['loss']:.4f} | {better} |")
-    flat = result["source"]["series"][-1]["flat"]
-    rule = f"Rule: flat where doubling improves by less than {result['source']['flat_below']} nats. "
-    lines += ["", rule + ("It is." if flat else "IT IS NOT: the most tokens of this edition were not enough."), ""]
-    lines += [
-        "| arm | starts at | target (cold) | grown at the comparison | source continued for equal FLOPs | seeds better "
-        "| reached the target | marginal | total | over 3 uses |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, arm in result["arms"].items():
-        began = statistics.fmean(arm["start"]["held_out"]["grown"].values())
-        cells = [
-            name,
-            f"{began:.4f}",
-            f"{arm['target']:.4f}",
-            f"{arm['grown_loss']:.4f}",
-            f"{arm['continued_loss']:.4f}",
-            f"{arm['seeds_better_than_continued']}/{arm['seeds']}",
-            f"{arm['seeds_that_reached']}/{arm['seeds']}",
-        ]
-        if ratios := arm["ratios"]:
-            kinds = ("marginal", "total", "over_3_uses")
-            cells += [f"{ratios[kind]['flops']:.2f} / {ratios[kind]['cpu_seconds']:.2f}" for kind in kinds]
-        else:
-            cells += [f"none: {arm['no_ratio']}", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Losses in nats per token, means of the seeds; ratios as FLOPs / CPU seconds. Marginal: the source was there "
-        "anyway. Total: with the source trained for this.",
-        "For HunYuan-NLP-1T Tencent reported 1/8 for a warm start; that is theirs, at their size, and not shown here.",
-    ]
-    return "\n".join(lines)
-
-
-def plot(result: dict[str, Any], out: Path) -> None:
-    """Held-out loss over operations: a panel a shape."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        panels = figure.subplots(1, len(SHAPES), sharey=True)
-        for axes, name in zip(panels, SHAPES, strict=True):
-            lines = {"cold": result["cold"][name]["curve"]}
-            for arm, about in result["arms"].items():
-                if about["shape"] == name:
-                    lines[f"grown: {arm}"] = about["curves"]["grown"]
-                    lines["source continued"] = about["curves"]["continued"]
-            for color, (label, seeds) in enumerate(lines.items()):
-                for seed, points in enumerate(seeds):
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        color=f"C{color}",
-                        linewidth=1.1,
-                        alpha=0.8,
-                        label="" if seed else label,
-                    )
-            axes.axhline(statistics.fmean(result["cold"][name]["losses"]), color="grey", linestyle=":", linewidth=1)
-            axes.set(xlabel="FLOPs after the source", title=name)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
-        panels[0].set(ylabel="held-out loss (nats per token)")
-        low = min(min(arm["grown_losses"]) for arm in result["arms"].values())
-        panels[0].set_ylim(low - 0.05, max(result["source"]["losses"]) + 0.35)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    files.write_bytes(out, buffer.getvalue())
 
 
 def main() -> None:

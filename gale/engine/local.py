@@ -123,12 +123,13 @@ class LocalEngine:
         Raises :class:`gale.core.errors.ModelError`.
         """
         compute = choose_compute()
-        model = load_model(folder, dtype=compute.dtype, device=compute.device)
-        quantise(model, weights, folder)
-        guesser = None
-        if draft is not None:
-            guesser = load_model(draft, dtype=compute.dtype, device=compute.device)
-            quantise(guesser, weights, draft)
+
+        def opened(folder: Path) -> Decoder:
+            model = load_model(folder, dtype=compute.dtype, device=compute.device)
+            quantise(model, weights, folder)
+            return model
+
+        model, guesser = opened(folder), None if draft is None else opened(draft)
         tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 
 import pytest
 import structlog
 
+from gale.engine.local import LocalEngine
+from gale.model.transformer import Decoder
 from gale.platform.store import Store
 from gale.server.body_limit import BodyLimit
 from gale.server.edge import EdgeLimits
 from gale.server.sse import StreamLimits
+from gale.text.tokenizer import Tokenizer
 from tests.server.live import Live, start
 
 
@@ -33,6 +37,21 @@ def live(store: Store) -> Iterator[Live]:
     server = start(store)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def engine(model: Decoder, tokenizer: Tokenizer) -> LocalEngine:
+    """Gale's own engine over the tiny model."""
+    return LocalEngine(model, tokenizer, model_id="tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny(store: Store, engine: LocalEngine) -> Iterator[Live]:
+    """A server of it."""
+    server = start(store, engine=engine)
+    yield server
+    server.stop()
+    asyncio.run(engine.close())
 
 
 @pytest.fixture(scope="session")

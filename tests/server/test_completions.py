@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,25 +14,11 @@ from openai import OpenAI
 from gale.engine.local import LocalEngine
 from gale.model.attention import PackedAttention
 from gale.model.transformer import Decoder
-from gale.platform.store import Store
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
-from tests.server.live import Live, eventually, start
+from tests.server.live import Live, eventually
 
 PROMPT = "The wind came over the hill 你好 🎉 and"
-
-
-@pytest.fixture(scope="module")
-def engine(model: Decoder, tokenizer: Tokenizer) -> LocalEngine:
-    return LocalEngine(model, tokenizer, model_id="tiny")
-
-
-@pytest.fixture(scope="module")
-def tiny(store: Store, engine: LocalEngine) -> Iterator[Live]:
-    server = start(store, engine=engine)
-    yield server
-    server.stop()
-    asyncio.run(engine.close())
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -15,26 +14,11 @@ from openai import OpenAI
 
 from gale.assistant.rerank import rerank
 from gale.engine.local import LocalEngine
-from gale.model.transformer import Decoder
-from gale.platform.store import Store
 from gale.text.template import Message
 from gale.text.tokenizer import Tokenizer
-from tests.server.live import Live, start
+from tests.server.live import Live
 
 TEXTS = ["Where does the river go?", "The wind came over the hill 你好 🎉", "a", "<|end|>"]
-
-
-@pytest.fixture(scope="module")
-def engine(model: Decoder, tokenizer: Tokenizer) -> LocalEngine:
-    return LocalEngine(model, tokenizer, model_id="tiny")
-
-
-@pytest.fixture(scope="module")
-def tiny(store: Store, engine: LocalEngine) -> Iterator[Live]:
-    server = start(store, engine=engine)
-    yield server
-    server.stop()
-    asyncio.run(engine.close())
 
 
 @pytest.fixture

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-
 import pytest
 
-from gale.engine.local import LocalEngine
-from gale.model.transformer import Decoder
-from gale.platform.store import Store
 from gale.text.template import Message
 from gale.text.tokenizer import Tokenizer
-from tests.server.live import Live, start
+from tests.server.live import Live
 
 TEXT = "The wind 风从山上吹来 🎉"
-
-
-@pytest.fixture(scope="module")
-def tiny(store: Store, tokenizer: Tokenizer, model: Decoder) -> Iterator[Live]:
-    engine = LocalEngine(model, tokenizer, model_id="tiny")
-    server = start(store, engine=engine)
-    yield server
-    server.stop()
-    asyncio.run(engine.close())
 
 
 def test_a_text_becomes_the_tokens_that_completions_read_and_a_text_again(tiny: Live, tokenizer: Tokenizer) -> None:

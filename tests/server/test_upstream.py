@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,25 +28,13 @@ from gale.engine.request import (
 )
 from gale.engine.upstream import UpstreamEngine
 from gale.engine.upstream_wire import UpstreamRefusedError
-from gale.model.transformer import Decoder
 from gale.platform.store import Store
 from gale.text.template import Message
-from gale.text.tokenizer import Tokenizer
 from tests.server.live import Live, eventually, start
 from tests.server.upstreams import all_of, ask, on, user
 
 TEXT = "The wind 风从山上吹来 🎉"
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
-
-
-@pytest.fixture(scope="module")
-def tiny(store: Store, tokenizer: Tokenizer, model: Decoder) -> Iterator[Live]:
-    """Gale's own server over the tiny model."""
-    engine = LocalEngine(model, tokenizer, model_id="tiny")
-    server = start(store, engine=engine)
-    yield server
-    server.stop()
-    asyncio.run(engine.close())
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,12 @@ def _native() -> ctypes.CDLL | None:
     return native
 
 
+def _required() -> ctypes.CDLL:
+    native = _native()
+    assert native is not None, "ask whether the kernels are there first"
+    return native
+
+
 @cache
 def threads() -> int:
     """Threads of the kernels: as many as torch had when they were first asked, in a pool of their own."""
@@ -93,8 +99,7 @@ def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
 
     8 bits have a scale an output, which comes second, and 4 bits one for 32 inputs, packed with them.
     """
-    native = _native()
-    assert native is not None
+    native = _required()
     outputs, inputs = weight_OC.shape
     if bits == 16:
         assert inputs % 2 == 0 and weight_OC.dtype is torch.bfloat16
@@ -111,8 +116,7 @@ def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
 
 def packed_sizes(bits: int, outputs: int, inputs: int) -> tuple[int, int]:
     """Bytes of packed weights, and how many scales stand beside them."""
-    native = _native()
-    assert native is not None
+    native = _required()
     return native.gale_packed_bytes(bits, outputs, inputs), -(-outputs // _PANEL) * _PANEL if bits == 8 else 0
 
 
@@ -121,8 +125,7 @@ def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Te
 
     A row's result is the same to the bit whatever else is in the batch.
     """
-    native = _native()
-    assert native is not None
+    native = _required()
     x_NC = x_NC.contiguous()
     out_NO = torch.empty((len(x_NC), outputs), dtype=x_NC.dtype)
     native.gale_linear(
@@ -134,8 +137,7 @@ def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Te
 
 def norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension."""
-    native = _native()
-    assert native is not None
+    native = _required()
     x_NC = x_NC.contiguous()
     out_NC = torch.empty_like(x_NC)
     size = x_NC.shape[-1]
@@ -153,8 +155,7 @@ def norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 def norm_rotate(x_NHD: Tensor, weight_D: Tensor | None, eps: float, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
     """RMSNorm of each head where there is a weight for it, then RoPE with tables [N, 1, D]."""
-    native = _native()
-    assert native is not None
+    native = _required()
     x_NHD = x_NHD.contiguous()
     out_NHD = torch.empty_like(x_NHD)
     native.gale_norm_rotate(
@@ -166,8 +167,7 @@ def norm_rotate(x_NHD: Tensor, weight_D: Tensor | None, eps: float, cos_ND: Tens
 
 def silu_gate(x_NI: Tensor, up_NI: Tensor) -> Tensor:
     """``silu(x) * up``."""
-    native = _native()
-    assert native is not None
+    native = _required()
     out_NI = torch.empty_like(x_NI)
     native.gale_silu_gate(x_NI.data_ptr(), up_NI.data_ptr(), *x_NI.shape, out_NI.data_ptr(), threads())
     return out_NI
@@ -213,8 +213,7 @@ def attend(
 
     Every query's result is the same to the bit whatever else is in the batch, and however its prompt was cut.
     """
-    native = _native()
-    assert native is not None
+    native = _required()
     q_NHD, k_NKD, v_NKD = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
     out_NHD = torch.empty_like(q_NHD)
     heads, size = q_NHD.shape[1:]
