@@ -23,7 +23,8 @@ from gale.engine.request import (
     SamplingError,
     UnknownAdapterError,
 )
-from gale.platform.conversations import CursorError, NotFoundError
+from gale.platform.access import NotAllowedError
+from gale.platform.errors import CursorError, NotFoundError
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
@@ -80,6 +81,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, error.message, code="engine_overloaded", headers={"Retry-After": "2"})
         case EngineFailedError():
             return ApiError(503, error.message, code="engine_failed", headers={"Retry-After": "2"})
+        case NotAllowedError():
+            return ApiError(403, error.message, code="permission_denied", type="permission_error")
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
         case CursorError():
