@@ -175,9 +175,9 @@ def test_a_locked_database_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
     other = sqlite3.connect(tmp_path / "gale.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="locked"):
-        asyncio.run(store.conversations.create())
+        asyncio.run(store.conversations(LOCAL_OWNER).create())
     assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
     other.execute("ROLLBACK")
-    asyncio.run(store.conversations.create())
+    asyncio.run(store.conversations(LOCAL_OWNER).create())
     other.close()
     store.close()
