@@ -24,7 +24,7 @@ from gale.engine.request import (
     UnknownAdapterError,
 )
 from gale.platform.access import NotAllowedError
-from gale.platform.errors import CursorError, NotFoundError
+from gale.platform.errors import ConflictError, CursorError, NotFoundError
 from gale.server.not_offered import instead_of
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
@@ -86,6 +86,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(403, error.message, code="permission_denied", type="permission_error")
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
+        case ConflictError():
+            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
         case CursorError():
             return ApiError(400, error.message, code="invalid_value", param="cursor")
         case StoreError():

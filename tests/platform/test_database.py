@@ -61,7 +61,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(store._database.write(work))
+        asyncio.run(store.database.write(work))
     assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
     store.close()
 
