@@ -5,6 +5,7 @@
 latency: both gateways stand before one upstream that answers at once; they take turns, 150 requests a second, and what
 is reported is the time beyond that of the upstream alone. throughput comes with it: requests for each CPU second of the
 gateway. streams: 500 open streams of 20 words a second on one core. soak: memory over ten minutes of mixed work.
+kill: rounds of kill -9 in the middle of writes, and what was lost of what had been acknowledged.
 Prints Markdown; writes it and the figures to bench/results.
 """
 
@@ -14,18 +15,22 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import secrets
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 from http_load import Target, as_many, at_rate, streams
 from serve import about
@@ -43,6 +48,7 @@ def main() -> None:
     parser.add_argument("--litellm", type=Path, help="its command, in an environment of its own")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["latency", "streams"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--soak-seconds", type=float, default=600)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "platform.json")
     asked = parser.parse_args()
@@ -127,11 +133,51 @@ def soak(asked: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": asked.soak_seconds, "mib": round(end / 2**20), "growth_percent": round(growth * 100, 2)}
 
 
-@contextmanager
-def null(kind: str, environment: dict[str, str], core: int | None = None) -> Iterator[tuple[Target, Any]]:
-    """A process of null_model.py, ready."""
-    port = free_port()
+def kill(asked: argparse.Namespace) -> dict[str, Any]:
+    """Kill the server in the middle of writes, over and over: what it had acknowledged must be there afterwards."""
+    lost = acknowledged = 0
     with tempfile.TemporaryDirectory() as home:
+        for round_number in range(asked.kills):
+            done: list[str] = []
+            with null("serve", {}, home=home) as (target, process):
+                writers = [threading.Thread(target=keep_writing, args=(target, done)) for _ in range(4)]
+                for writer in writers:
+                    writer.start()
+                time.sleep(random.Random(round_number).uniform(0.05, 0.5))
+                process.kill()
+                for writer in writers:
+                    writer.join()
+            with null("serve", {}, home=home) as (target, _), httpx2.Client(base_url=f"{target.url}/v1") as http:
+                lost += sum(http.get(path).status_code != 200 for path in done)
+            acknowledged += len(done)
+            with sqlite3.connect(Path(home) / "gale.db") as database:
+                assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    return {"kills": asked.kills, "acknowledged_writes": acknowledged, "lost": lost}
+
+
+def keep_writing(target: Target, done: list[str]) -> None:
+    """Make conversations, answers and files until the server is gone; ``done`` are the paths of what it acknowledged."""
+    with httpx2.Client(base_url=f"{target.url}/v1", timeout=10) as http:
+        try:
+            while True:
+                made = http.post("/conversations", json={"metadata": {"a": "b"}})
+                done.append(f"/conversations/{made.raise_for_status().json()['id']}")
+                made = http.post("/responses", json={"model": "null", "input": "Is it?", "max_output_tokens": 16})
+                done.append(f"/responses/{made.raise_for_status().json()['id']}")
+                made = http.post("/files", files={"file": ("a.jsonl", b"{}\n")}, data={"purpose": "user_data"})
+                done.append(f"/files/{made.raise_for_status().json()['id']}")
+        except (httpx2.TransportError, httpx2.HTTPStatusError):
+            return
+
+
+@contextmanager
+def null(
+    kind: str, environment: dict[str, str], core: int | None = None, home: str | None = None
+) -> Iterator[tuple[Target, Any]]:
+    """A process of null_model.py, ready; it keeps its things in ``home``, else in a folder that ends with it."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as own:
+        home = home or own
         command = [sys.executable, str(HERE / "null_model.py"), kind, str(port)]
         if core is not None:
             command = ["taskset", "-c", str(core), *command]
@@ -204,7 +250,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-PARTS = {"latency": latency, "streams": open_streams, "soak": soak}
+PARTS = {"latency": latency, "streams": open_streams, "soak": soak, "kill": kill}
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,11 @@ class Target:
     port: int
     key: str = "none"
 
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return f"http://127.0.0.1:{self.port}"
+
     def request(self, **body: Any) -> bytes:
         """The bytes of one chat request."""
         question = [{"role": "user", "content": "Is it?"}]
