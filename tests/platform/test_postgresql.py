@@ -293,6 +293,7 @@ def test_a_full_disk_loses_nothing_old_and_is_over_when_there_is_space(
         with postgresql.database(f"{postgresql_template} TABLESPACE small") as url:
             database = Database.open(url)
             run(database.write(insert))
+            execute(url, "CHECKPOINT")  # a new database's pages have no place on the disk before
             big = text(
                 "INSERT INTO conversations (id, created_at, updated_at, title) "
                 "SELECT i::text, 0, 0, repeat('x', 1000) FROM generate_series(1, 30000) AS i"
