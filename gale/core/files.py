@@ -111,11 +111,15 @@ def new_file(path: Path) -> Iterator[Path]:
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        temporary = path.parent / f".{path.name}.{os.getpid()}-new"
+        # Random as well: on a disk that machines or containers share, another process has the same number.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
+        os.close(handle)
+        temporary = Path(name)
         try:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
