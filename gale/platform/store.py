@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from gale.platform.access import Actor
 from gale.platform.conversations import Conversations
 from gale.platform.database import Database
 
 
 class Store:
-    """The open store: ``conversations``. Close it when the service ends."""
+    """The open store. Close it when the service ends."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.conversations = Conversations(database)
+
+    def conversations(self, actor: Actor) -> Conversations:
+        """The chat page's conversations of ``actor``."""
+        return Conversations(self._database, actor)
 
     @classmethod
     def open(cls, url: str) -> Store:

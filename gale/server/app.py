@@ -23,6 +23,7 @@ from gale.server import (
     static_page,
     tokenize,
 )
+from gale.server.caller import Identify
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
 from gale.server.local_guard import LocalGuard
@@ -64,6 +65,7 @@ def create_app(
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)
     # The one added last is the outermost.
+    app.add_middleware(Identify)
     app.add_middleware(LocalGuard)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
     return app
