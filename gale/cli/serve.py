@@ -35,7 +35,10 @@ def serve(
     draft: Annotated[
         str | None, typer.Option(help="Folder or name of a smaller model of the same vocabulary that guesses ahead.")
     ] = None,
-    db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
+    db: Annotated[
+        str | None,
+        typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
+    ] = None,
     upstream: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),
@@ -99,7 +102,7 @@ def serve(
         replica_gpus=replica_gpus,
     )
     sock = listen(host, port)
-    store = Store.open(db or settings().database_url)
+    store = Store.open(db or settings().database_url, exclusive=True)
     try:
         with opened(choice, port=sock.getsockname()[1]) as engine:
             lifecycle = Lifecycle()

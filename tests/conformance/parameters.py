@@ -17,6 +17,7 @@ PROBES: dict[str, Any] = {
     "functions": [{"name": "weather"}],
     "modalities": ["text", "audio"],
     "prediction": {"type": "content", "content": "x"},
+    "truncation": "auto",
     "web_search_options": {},
 }
 

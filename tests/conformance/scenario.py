@@ -30,7 +30,7 @@ QUESTION = [{"role": "user", "content": "Where does the river go?"}]
 
 def run(checker: Checker, model: str) -> None:
     """Make all the calls."""
-    for part in (models, chat, completions, vectors):
+    for part in (models, chat, completions, vectors, responses, conversations):
         part(checker, model)
 
 
@@ -80,3 +80,43 @@ def _packed_vectors(answer: Any) -> None:
     """With base64 a vector is a string, of which the document does not speak."""
     for row in answer["data"]:
         row["embedding"] = np.frombuffer(base64.b64decode(row["embedding"]), "<f4").tolist()
+
+
+def responses(checker: Checker, model: str) -> None:
+    function = {"type": "function", **TOOL["function"], "strict": True}
+    plain = {"model": model, "input": "Where does the river go?", "max_output_tokens": 16}
+    first = checker.call("post /responses", json=plain)
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "Rain"}
+    call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city": "Oslo"}'}
+    kinds: list[dict[str, Any]] = [
+        {"previous_response_id": first["id"], "instructions": "Be brief.", "metadata": {"a": "b"}},
+        {"tools": [function], "tool_choice": "required", "max_output_tokens": 60},
+        {"tools": [function], "input": [{"role": "user", "content": "Oslo?"}, call, output]},
+        {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "temperature": 0.5},
+        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}}},
+    ]
+    for kind in kinds:
+        checker.call("post /responses", json={**plain, **kind})
+        checker.call("post /responses", json={**plain, **kind, "stream": True})
+    one = {"response_id": first["id"]}
+    checker.call("get /responses/{response_id}", params=one)
+    checker.call("get /responses/{response_id}/input_items", params=one)
+    checker.call("post /responses/input_tokens", json={"model": model, "input": "Where does the river go?"})
+    background = checker.call("post /responses", json={**plain, "background": True, "max_output_tokens": 500})
+    checker.call("post /responses/{response_id}/cancel", params={"response_id": background["id"]})
+    checker.call("delete /responses/{response_id}", params=one)
+
+
+def conversations(checker: Checker, model: str) -> None:
+    message = {"type": "message", "role": "user", "content": "Hello"}
+    one = {"conversation_id": checker.call("post /conversations", json={"items": [message]})["id"]}
+    checker.call("get /conversations/{conversation_id}", params=one)
+    checker.call("post /conversations/{conversation_id}", params=one, json={"metadata": {"a": "b"}})
+    checker.call("post /conversations/{conversation_id}/items", params=one, json={"items": [message]})
+    body = {"model": model, "input": "And?", "conversation": one["conversation_id"], "max_output_tokens": 16}
+    checker.call("post /responses", json=body)
+    items = checker.call("get /conversations/{conversation_id}/items", params=one)["data"]
+    item = {**one, "item_id": items[0]["id"]}
+    checker.call("get /conversations/{conversation_id}/items/{item_id}", params=item)
+    checker.call("delete /conversations/{conversation_id}/items/{item_id}", params=item)
+    checker.call("delete /conversations/{conversation_id}", params=one)
