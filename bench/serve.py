@@ -91,9 +91,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--latency", action="store_true", help="only what people wait while others are answered")
     arguments.add_argument("--memory", action="store_true", help="only what stays in memory, and how soon it is there")
-    arguments.add_argument(
-        "--neighbour", action="store_true", help="only its speed beside a process that computes"
-    )
+    arguments.add_argument("--neighbour", action="store_true", help="only its speed beside a process that computes")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--work", type=Path, default=HERE.parent / "runs" / "bench-serve", help="folder for models")
     arguments.add_argument("--out", type=Path, default=HERE / "results", help="folder for serve.json and serve.md")
@@ -294,7 +292,7 @@ def memory(asked: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as home:
                 Path(home, "kernels").symlink_to(settings().home / "kernels")
                 first = start(label, asked.work / shape, asked, GALE_HOME=home)
-                first.process.terminate()
+                first.process.communicate()  # and not terminated: it may be writing still
                 again = start(label, asked.work / shape, asked, GALE_HOME=home)
                 opened, figures = again.figures, again.ask(8, 512, 64)
                 again.process.terminate()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import structlog
@@ -38,8 +39,16 @@ class KeptWeights:
         """The tensor of that name, mapped rather than read."""
         return self._file.tensor(name) if self._file is not None and name in self._file.header else None
 
-    def keep(self, tensors: dict[str, Tensor]) -> None:
-        """Write these in place of what is kept. Where that cannot be it is logged: it is only for the next start."""
+    def keep(self, tensors: dict[str, Tensor]) -> threading.Thread:
+        """Write these in place of what is kept, in a thread, since the disk may be slow and the model is ready.
+
+        Where that cannot be it is logged: it is only for the next start.
+        """
+        writing = threading.Thread(target=self._write, args=(tensors,), name="gale-kept-weights")
+        writing.start()
+        return writing
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
         most = int(settings().kept_weights_gb * 1e9)
         if sum(tensor.nbytes for tensor in tensors.values()) > most:
             return

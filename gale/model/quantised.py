@@ -10,6 +10,7 @@ groups of 32 inputs.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -100,13 +101,14 @@ class PackedExperts(nn.Module):
         return torch.cat(pieces)
 
 
-def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> None:
+def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> threading.Thread | None:
     """Replace the matrices of ``model``, as it was opened, by rounded ones or, for bf16 on a CPU with kernels for it,
     by packed ones. What they are made from leaves the memory.
 
     The output head has int8 also where the rest has int4: it costs little there and much in quality. Embeddings stay as
     they are, and a router is not rounded, since its scores decide too much. With the model's ``folder`` what is rounded
-    is kept on disk and found again. Raises :class:`ModelError` for rounding a model elsewhere than on a CPU.
+    is kept on disk and found again: a thread may be writing it still, which is returned. Raises :class:`ModelError` for
+    rounding a model elsewhere than on a CPU.
     """
     bits = _BITS[weights]
     if bits < 16 and model.embed_tokens.weight.device.type != "cpu":
@@ -115,7 +117,7 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> No
     # By name: a list of the layers would hold them all until the end.
     for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | ExpertWeights)]:
         packer.replace(name, 16 if name.endswith(ROUTER) else 8 if name == "lm_head" and bits == 4 else bits)
-    packer.keep()
+    return packer.keep()
 
 
 class _Packer:
@@ -154,10 +156,9 @@ class _Packer:
         parent, _, child = name.rpartition(".")
         setattr(self._model.get_submodule(parent), child, new)
 
-    def keep(self) -> None:
-        """Write what was rounded for the next time, if any was."""
-        if self._kept is not None and not self._complete:
-            self._kept.keep(self._rounded)
+    def keep(self) -> threading.Thread | None:
+        """Write what was rounded for the next time, if any was; the thread that does it."""
+        return None if self._kept is None or self._complete else self._kept.keep(self._rounded)
 
     def _can_pack(self, bits: int, weight: Tensor) -> bool:
         return bits < 16 or (self._packs_bf16 and weight.shape[-1] % 2 == 0)

@@ -30,6 +30,14 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+def rounded(folder: Path, weights: Weights) -> Decoder:
+    """The model of ``folder``, after its rounded weights have been kept."""
+    model = load_model(folder, dtype=torch.bfloat16)
+    if writing := quantise(model, weights, folder):
+        writing.join()
+    return model
+
+
 @pytest.mark.parametrize(("bits", "exact"), [(8, True), (4, False)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_torch_alone_computes_what_the_kernels_compute(
@@ -71,28 +79,24 @@ def packed_sizes(model: Decoder) -> list[int]:
 
 def test_rounded_weights_are_kept_and_found_again(tokenizer: Tokenizer, tmp_path: Path, own_home: Path) -> None:
     folder = save_folder(tokenizer, tmp_path / "model", dtype=torch.bfloat16)
-    first = load_model(folder, dtype=torch.bfloat16)
-    quantise(first, "int4", folder)
+    first = rounded(folder, "int4")
     (kept,) = (own_home / "quantised").iterdir()
     written = kept.stat().st_ino
-    second = load_model(folder, dtype=torch.bfloat16)
-    quantise(second, "int4", folder)
+    second = rounded(folder, "int4")
     assert kept.stat().st_ino == written
     for one, other in zip(first.modules(), second.modules(), strict=True):
         if isinstance(one, PackedLinear):
             assert isinstance(other, PackedLinear)
             assert torch.equal(one.packed, other.packed) and torch.equal(one.scales, other.scales)
     kept.write_bytes(kept.read_bytes()[:100])  # damaged: made anew
-    third = load_model(folder, dtype=torch.bfloat16)
-    quantise(third, "int4", folder)
+    rounded(folder, "int4")
     assert kept.stat().st_size > 100
     if kernels.available():  # of another size: the kernels would read beyond its end
         save_file({name: weight[: len(weight) // 2].clone() for name, weight in load_file(kept).items()}, kept)
-        fourth = load_model(folder, dtype=torch.bfloat16)
-        quantise(fourth, "int4", folder)
+        fourth = rounded(folder, "int4")
         assert packed_sizes(fourth) == packed_sizes(first)
     save_folder(tokenizer, folder, dtype=torch.bfloat16, hidden_size=56)  # another model in the same place
-    quantise(load_model(folder, dtype=torch.bfloat16), "int4", folder)
+    rounded(folder, "int4")
     assert len(list((own_home / "quantised").iterdir())) == 2
 
 
@@ -102,7 +106,7 @@ def test_kept_weights_of_models_not_used_for_longest_go_first(
     folders = [save_folder(tokenizer, tmp_path / name, dtype=torch.bfloat16) for name in "abc"]
 
     def open_model(folder: Path) -> Path:
-        quantise(load_model(folder, dtype=torch.bfloat16), "int8", folder)
+        rounded(folder, "int8")
         return max((own_home / "quantised").iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
     first, second = open_model(folders[0]), open_model(folders[1])
@@ -111,7 +115,7 @@ def test_kept_weights_of_models_not_used_for_longest_go_first(
     third = open_model(folders[2])
     assert set((own_home / "quantised").iterdir()) == {first, third} != {first, second}
     monkeypatch.setattr(settings(), "kept_weights_gb", 0)
-    quantise(load_model(folders[1], dtype=torch.bfloat16), "int8", folders[1])
+    rounded(folders[1], "int8")
     assert set((own_home / "quantised").iterdir()) == {first, third}
 
 
@@ -124,8 +128,7 @@ def test_a_full_disk_costs_the_next_start_some_time_and_nothing_else(
         raise GaleError(f"No space left while writing {path}.")
 
     monkeypatch.setattr(files, "new_file", full)
-    model = load_model(folder, dtype=torch.bfloat16)
-    quantise(model, "int8", folder)
+    model = rounded(folder, "int8")
     assert isinstance(model.lm_head, PackedLinear)
 
 
@@ -155,9 +158,7 @@ def test_experts_are_rounded_one_by_one_and_the_router_is_not(
 
 def test_rounded_experts_are_kept_too(tokenizer: Tokenizer, tmp_path: Path, own_home: Path) -> None:
     folder = save_folder(tokenizer, tmp_path / "model", dtype=torch.bfloat16, **MIXTURE)
-    models = [load_model(folder, dtype=torch.bfloat16) for _ in range(2)]
-    for model in models:
-        quantise(model, "int4", folder)
+    models = [rounded(folder, "int4") for _ in range(2)]
     assert len(list((own_home / "quantised").iterdir())) == 1
     assert models[1].mapped_bytes > models[0].mapped_bytes
     x_NC = torch.randn(9, 48).bfloat16()
