@@ -35,7 +35,13 @@ def serve(
     draft: Annotated[
         str | None, typer.Option(help="Folder or name of a smaller model of the same vocabulary that guesses ahead.")
     ] = None,
-    db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
+    self_test: Annotated[
+        bool, typer.Option(help="Check at the start that the scores given out are the model's.")
+    ] = True,
+    db: Annotated[
+        str | None,
+        typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
+    ] = None,
     public_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Where people reach it, such as https://gale.example.")
     ] = None,
@@ -88,6 +94,7 @@ def serve(
     from gale.server.origins import Origins
     from gale.server.page_sign_in import sign_in_url
     from gale.server.runner import address_of, listen, run
+    from gale.server.self_test import check_scores
 
     choice = EngineChoice(
         model,
@@ -108,7 +115,7 @@ def serve(
         replica_gpus=replica_gpus,
     )
     origins = Origins(cors or [], public_url)
-    store = Store.open(db or settings().database_url)
+    store = Store.open(db or settings().database_url, exclusive=True)
     try:
         sock = listen(host, port, accounts=asyncio.run(store.sessions.accounts_exist()))
         with opened(choice, port=sock.getsockname()[1]) as engine:
@@ -124,6 +131,8 @@ def serve(
 
             async def serve_and_close() -> None:
                 try:
+                    if self_test:
+                        await check_scores(engine)
                     await run(app, sock, lifecycle, say_ready)
                 finally:
                     await engine.close()

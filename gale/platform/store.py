@@ -10,6 +10,7 @@ from gale.platform.database import Database
 from gale.platform.identities import Identities
 from gale.platform.organisations import Organisations, Projects
 from gale.platform.people import People, ServiceAccounts
+from gale.platform.responses import ItemConversations, Responses
 from gale.platform.secret import Secret
 from gale.platform.sessions import Sessions
 
@@ -18,44 +19,52 @@ class Store:
     """The open store. Close it when the service ends."""
 
     def __init__(self, database: Database, secret: Secret | None = None) -> None:
-        self._database = database
+        self.database = database
         self._secret = secret or Secret()
         self.organisations = Organisations(database)
         self.sessions = Sessions(database, self._secret)
 
     def conversations(self, actor: Actor) -> Conversations:
         """The chat page's conversations of ``actor``."""
-        return Conversations(self._database, actor)
+        return Conversations(self.database, actor)
+
+    def responses(self, actor: Actor) -> Responses:
+        """The Responses API's answers of ``actor``'s project."""
+        return Responses(self.database, actor)
+
+    def item_conversations(self, actor: Actor) -> ItemConversations:
+        """The Responses API's conversations of ``actor``'s project."""
+        return ItemConversations(self.database, actor)
 
     def identities(self) -> Identities:
         """Who keys and sessions stand for; one for each application, which it belongs to."""
-        return Identities(self._database, self._secret)
+        return Identities(self.database, self._secret)
 
     def projects(self, actor: Actor) -> Projects:
         """The projects of the organisation that ``actor`` administers."""
-        return Projects(self._database, actor)
+        return Projects(self.database, actor)
 
     def people(self, actor: Actor) -> People:
         """Its people."""
-        return People(self._database, actor)
+        return People(self.database, actor)
 
     def service_accounts(self, actor: Actor, project_id: str) -> ServiceAccounts:
         """The accounts of one of its projects that have keys only."""
-        return ServiceAccounts(self._database, actor, project_id)
+        return ServiceAccounts(self.database, actor, project_id)
 
     def api_keys(self, actor: Actor, project_id: str | None) -> ApiKeys:
         """The keys of one of its projects, or (None) those that administer it."""
-        return ApiKeys(self._database, self._secret, actor, project_id)
+        return ApiKeys(self.database, self._secret, actor, project_id)
 
     def audit_log(self, actor: Actor) -> AuditLog:
         """What was done to it."""
-        return AuditLog(self._database, actor)
+        return AuditLog(self.database, actor)
 
     @classmethod
-    def open(cls, url: str) -> Store:
-        """Open and migrate the database at ``url`` (``sqlite:///...``). Blocks. Raises ``StoreError``."""
-        return cls(Database.open(url))
+    def open(cls, url: str, *, exclusive: bool = False) -> Store:
+        """Open and migrate the database at ``url`` as :meth:`Database.open` does. Blocks. Raises ``StoreError``."""
+        return cls(Database.open(url, exclusive=exclusive))
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""
-        self._database.close()
+        self.database.close()

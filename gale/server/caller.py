@@ -59,13 +59,13 @@ class Identify:
                 find = self._finder(scope)
                 if find is not None:
                     state["actor"] = await _found(find)
-                    send = _Checked(send, find).send
+                    send = _Checked(send, find, scope["path"]).send
             else:
                 local_guard.check(scope, self._origins)
                 state["actor"] = LOCAL_OWNER
         except (ApiError, StoreError) as error:
             # Neither let in nor turned away where it cannot be known: a StoreError is a 503.
-            await as_api_error(error).response()(scope, receive, send)
+            await as_api_error(error).response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -104,7 +104,8 @@ Finder = Callable[[], Awaitable[Actor | None]]
 class _Checked:
     """What is sent to somebody who may lose the right to it meanwhile."""
 
-    def __init__(self, send: Send, find: Finder) -> None:
+    def __init__(self, send: Send, find: Finder, path: str) -> None:
+        self._path = path
         self._send = send
         self._find = find
         self._checked_at = time.monotonic()
@@ -124,7 +125,7 @@ class _Checked:
                 if not self._began:
                     raise
                 if self._streams:
-                    event = f"event: error\ndata: {to_json(error.body)}\n\n".encode()
+                    event = f"event: error\ndata: {to_json(error.body_for(self._path))}\n\n".encode()
                     await self._send({"type": "http.response.body", "body": event})
                 raise AccessEndedError from error
         if message["type"] == "http.response.start":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,8 +59,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    database = Database.open(f"sqlite:///{tmp_path / 'gale.db'}")
+def world(database_url: str) -> Iterator[World]:
+    database = Database.open(database_url)
     yield World(database)
     database.close()
 

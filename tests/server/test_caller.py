@@ -243,7 +243,7 @@ def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> N
         async def away(work: object) -> None:
             raise StoreError("The database is away.")
 
-        store._database.read = away  # type: ignore[method-assign,assignment]
+        store.database.read = away  # type: ignore[method-assign,assignment]
         assert server.http.get("/v1/models", headers=bearer(key)).status_code == 200, "it was known a moment ago"
         unknown = server.http.get("/v1/models", headers=bearer(new_text()))
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (503, "store_unavailable")
@@ -252,7 +252,7 @@ def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> N
         server.stop()
         store.close()
     fresh = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), Secret(b"k" * 32))
-    fresh._database.read = away  # type: ignore[method-assign,assignment]
+    fresh.database.read = away  # type: ignore[method-assign,assignment]
     server = start(fresh)
     try:
         assert server.http.get("/v1/models").status_code == 503, "whether it needs a key is not guessed"
