@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from gale import __version__
+from gale.assistant.moderation import Moderator
 from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
@@ -17,6 +18,7 @@ from gale.server import (
     openai_completions,
     openai_embeddings,
     openai_models,
+    openai_moderations,
     page_conversations,
     page_turns,
     rerank,
@@ -56,6 +58,7 @@ def create_app(
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
+    app.include_router(openai_moderations.routes(Moderator(), lifecycle))
     app.include_router(tokenize.routes(engine))
     if isinstance(engine, Reader):
         for kind in (openai_embeddings, rerank, decisions):
