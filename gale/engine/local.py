@@ -186,9 +186,9 @@ class LocalEngine:
         """Most tokens of prompt and answer together: the model's own limit, or what there is memory for."""
         return min(self._model.config.context_length, self._cached_tokens)
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering ``messages``."""
-        return len(self._prompts.encode_chat(messages))
+    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+        """See :meth:`gale.engine.request.Engine.count_prompt_tokens`."""
+        return len(self._prompts.encode_chat(messages, tools))
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""

@@ -213,10 +213,11 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every answer."""
+    """The last event of every answer; ``stop`` is the stop string that ended it, if one did."""
 
     reason: FinishReason
     usage: Usage
+    stop: str | None = None
 
 
 Event = TextDelta | ReasoningDelta | ToolCallDelta | Finished
@@ -263,8 +264,8 @@ class Engine(Protocol):
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering ``messages``.
+    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+        """Tokens the model would read before answering ``messages`` with ``tools`` to call.
 
         Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
         """

@@ -136,12 +136,15 @@ class UpstreamEngine:
         """Most tokens of prompt and answer together."""
         return self._context_length
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering; an estimate where the upstream does not tokenise."""
+    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+        """Tokens the model would read before answering; an estimate where the upstream does not tokenise, as it does
+        not for tools."""
+        shown = json.dumps(tools.functions, ensure_ascii=False) if tools else ""
+        own = estimated_tokens([Message(role="system", content=shown)]) if shown else 0
         if self._tokenizes:
-            return len(self.encode_chat(messages))
-        self._refuse_megabytes(json.dumps(messages, ensure_ascii=False))
-        return estimated_tokens(messages)
+            return len(self.encode_chat(messages)) + own
+        self._refuse_megabytes(json.dumps(messages, ensure_ascii=False) + shown)
+        return estimated_tokens(messages) + own
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode_chat`."""
@@ -272,7 +275,7 @@ class UpstreamEngine:
             raise EngineFailedError("The upstream's answer ended without an end.")
         if text := stops.flush():
             yield TextDelta(text)
-        yield Finished(reason, usage or Usage(prompt_tokens(), pieces))
+        yield Finished(reason, usage or Usage(prompt_tokens(), pieces), stops.met)
 
     async def _chunks(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncGenerator[Chunk, None]:
         async with self._http.open(path, body, optional) as response:

@@ -13,24 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
+from sqlalchemy import Connection, Select, delete, func, insert, select, tuple_, update
 
-from gale.core.errors import GaleError
 from gale.platform import tables
+from gale.platform.access import Actor
 from gale.platform.database import Database
+from gale.platform.errors import CursorError, NotFoundError
 from gale.platform.ids import new_id
 from gale.platform.text import storable, title_from
 
 Role = Literal["user", "assistant"]
 Status = Literal["complete", "stopped", "length", "error"]
-
-
-class NotFoundError(GaleError):
-    """An id that names nothing here."""
-
-
-class CursorError(GaleError):
-    """A page cursor that this store did not give out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +71,11 @@ class Turn:
 
 
 class Conversations:
-    """The conversations of one database. Every method may raise :class:`StoreError`."""
+    """The conversations of one person in one project. Every method may raise :class:`StoreError`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, actor: Actor) -> None:
         self._database = database
+        self._owner = {"project_id": actor.project, "user_id": actor.user_id or actor.key_id or ""}
 
     async def create(self) -> Conversation:
         """A new, empty conversation; its title comes with the first question."""
@@ -91,7 +85,7 @@ class Conversations:
         def work(connection: Connection) -> None:
             connection.execute(
                 insert(tables.conversations).values(
-                    id=conversation.id, title="", created_at=now, updated_at=now, leaf_id=None
+                    id=conversation.id, title="", created_at=now, updated_at=now, leaf_id=None, **self._owner
                 )
             )
 
@@ -101,7 +95,7 @@ class Conversations:
     async def page(self, limit: int = 50, cursor: str | None = None) -> Page:
         """At most ``limit`` conversations, the last used first. Raises :class:`CursorError`."""
         table = tables.conversations
-        query = select(table).order_by(table.c.updated_at.desc(), table.c.id.desc()).limit(limit + 1)
+        query = _owned_by(self._owner).order_by(table.c.updated_at.desc(), table.c.id.desc()).limit(limit + 1)
         if cursor is not None:
             query = query.where(tuple_(table.c.updated_at, table.c.id) < tuple_(*_decode_cursor(cursor)))
 
@@ -113,7 +107,7 @@ class Conversations:
         """A conversation and all its messages in order of creation. Raises :class:`NotFoundError`."""
 
         def work(connection: Connection) -> tuple[Conversation, list[StoredMessage]]:
-            return _conversation(connection, conversation_id), _messages(connection, conversation_id)
+            return self._conversation(connection, conversation_id), _messages(connection, conversation_id)
 
         return await self._database.read(work)
 
@@ -128,12 +122,12 @@ class Conversations:
             values["leaf_id"] = leaf_id
 
         def work(connection: Connection) -> Conversation:
-            _conversation(connection, conversation_id)
+            self._conversation(connection, conversation_id)
             if leaf_id is not None:
                 _message(connection, conversation_id, leaf_id)
             if values:
                 _update_conversation(connection, conversation_id, values)
-            return _conversation(connection, conversation_id)
+            return self._conversation(connection, conversation_id)
 
         return await self._database.write(work)
 
@@ -141,7 +135,7 @@ class Conversations:
         """Delete a conversation and its messages. Raises :class:`NotFoundError`."""
 
         def work(connection: Connection) -> None:
-            _conversation(connection, conversation_id)
+            self._conversation(connection, conversation_id)
             connection.execute(delete(tables.conversations).where(tables.conversations.c.id == conversation_id))
 
         await self._database.write(work)
@@ -154,7 +148,7 @@ class Conversations:
         """
 
         def work(connection: Connection) -> Turn:
-            conversation = _conversation(connection, conversation_id)
+            conversation = self._conversation(connection, conversation_id)
             if parent_id is not None:
                 _message(connection, conversation_id, parent_id)
             question = _insert_message(connection, conversation_id, parent_id, "user", content, "complete", None)
@@ -204,18 +198,24 @@ class Conversations:
                 )
             )
             _update_conversation(connection, answer.conversation_id, {"updated_at": _now()})
-            conversation = _conversation(connection, answer.conversation_id)
+            conversation = self._conversation(connection, answer.conversation_id)
             return _message(connection, conversation.id, answer.id), conversation
 
         return await self._database.write(work)
 
+    def _conversation(self, connection: Connection, conversation_id: str) -> Conversation:
+        # Another's conversation must look like one that does not exist.
+        query = _owned_by(self._owner).where(tables.conversations.c.id == storable(conversation_id))
+        row = connection.execute(query).one_or_none()
+        if row is None:
+            raise NotFoundError("There is no such conversation.")
+        return Conversation(*row)
 
-def _conversation(connection: Connection, conversation_id: str) -> Conversation:
+
+def _owned_by(owner: dict[str, str]) -> Select[Any]:
     table = tables.conversations
-    row = connection.execute(select(table).where(table.c.id == storable(conversation_id))).one_or_none()
-    if row is None:
-        raise NotFoundError("There is no such conversation.")
-    return Conversation(*row)
+    columns = (table.c.id, table.c.title, table.c.created_at, table.c.updated_at, table.c.leaf_id)
+    return select(*columns).where(*(table.c[name] == value for name, value in owner.items()))
 
 
 def _message(connection: Connection, conversation_id: str, message_id: str) -> StoredMessage:

@@ -11,20 +11,24 @@ from gale.assistant.moderation import Moderator
 from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
+    anthropic_messages,
     decisions,
     errors,
     health,
     openai_chat,
     openai_completions,
+    openai_conversations,
     openai_embeddings,
     openai_models,
     openai_moderations,
+    openai_responses,
     page_conversations,
     page_turns,
     rerank,
     static_page,
     tokenize,
 )
+from gale.server.caller import Identify
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
 from gale.server.local_guard import LocalGuard
@@ -59,6 +63,9 @@ def create_app(
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_moderations.routes(Moderator(), lifecycle))
+    app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
+    app.include_router(openai_conversations.routes(store))
+    app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
     app.include_router(tokenize.routes(engine))
     if isinstance(engine, Reader):
         for kind in (openai_embeddings, rerank, decisions):
@@ -67,6 +74,7 @@ def create_app(
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)
     # The one added last is the outermost.
+    app.add_middleware(Identify)
     app.add_middleware(LocalGuard)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
     return app

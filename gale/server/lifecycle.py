@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 
 class Lifecycle:
@@ -11,6 +12,8 @@ class Lifecycle:
     def __init__(self, grace_s: float = 2.0) -> None:
         self.grace_s = grace_s
         self._draining = asyncio.Event()
+        # Work that goes on beside requests, such as batches: begun with the server, cancelled (and waited for) with it.
+        self.background: list[Callable[[], Awaitable[None]]] = []
 
     @property
     def draining(self) -> bool:

@@ -16,6 +16,7 @@ from gale.assistant.turn import answer, fit
 from gale.engine.request import Engine, EngineFailedError, Finished, TextDelta
 from gale.platform.conversations import Conversations, Status, StoredMessage, Turn
 from gale.platform.store import Store
+from gale.server.caller import actor_of
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
@@ -31,11 +32,11 @@ _STATUS: dict[str, Status] = {"stop": "complete", "length": "length", "cancelled
 def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLimits) -> APIRouter:
     """The one route."""
     router = APIRouter(prefix="/api", tags=["chat page"])
-    conversations = store.conversations
 
     @router.post("/conversations/{conversation_id}/turns", response_model=None, openapi_extra=request_schema(NewTurn))
     async def create(conversation_id: str, request: Request) -> EventStream:
         body = await read_json(request, NewTurn)
+        conversations = store.conversations(actor_of(request))
         if body.regenerate is not None:
             turn = await conversations.ask_again(conversation_id, body.regenerate, model=engine.model_id)
         else:

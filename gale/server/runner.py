@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import structlog
 import uvicorn
@@ -75,10 +75,30 @@ async def run(app: ASGIApp, sock: socket.socket, lifecycle: Lifecycle, on_ready:
         h11_max_incomplete_event_size=MOST_HEAD_BYTES,
     )
     server = _Server(config, lifecycle, on_ready)
-    await server.serve(sockets=[sock])
+    async with _background(lifecycle):
+        await server.serve(sockets=[sock])
     # What had to be cancelled still gets to store what it has before its store is closed.
     if tasks := set(server.server_state.tasks):
         await asyncio.wait(tasks, timeout=2)
+
+
+@contextlib.asynccontextmanager
+async def _background(lifecycle: Lifecycle) -> AsyncIterator[None]:
+    """The server's other work, cancelled and waited for at the end; what ends with an error is logged."""
+
+    async def guarded(work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except Exception:
+            structlog.get_logger("gale.server").exception("background work ended")
+
+    tasks = [asyncio.ensure_future(guarded(work)) for work in lifecycle.background]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Server(uvicorn.Server):

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import pytest
 
 from gale.platform import conversations as module
-from gale.platform.conversations import Conversations, CursorError, NotFoundError
+from gale.platform.access import LOCAL_OWNER
+from gale.platform.conversations import Conversations
+from gale.platform.errors import CursorError, NotFoundError
 from gale.platform.store import Store
 
 Result = TypeVar("Result")
@@ -26,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def conversations(path: Path) -> Iterator[Conversations]:
     store = Store.open(f"sqlite:///{path}")
-    yield store.conversations
+    yield store.conversations(LOCAL_OWNER)
     store.close()
 
 

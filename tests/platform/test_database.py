@@ -14,6 +14,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from gale.core.errors import GaleError, StoreError
+from gale.platform.access import LOCAL_OWNER
 from gale.platform.database import Database
 from gale.platform.store import Store
 from gale.platform.tables import metadata
@@ -54,12 +55,14 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
     store = Store.open(url(tmp_path / "gale.db"))
 
     def work(connection: Connection) -> None:
-        connection.exec_driver_sql("INSERT INTO conversations VALUES ('conv_1', '', 1, 1, NULL)")
+        connection.exec_driver_sql(
+            "INSERT INTO conversations (id, title, created_at, updated_at) VALUES ('conv_1', '', 1, 1)"
+        )
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(store._database.write(work))
-    assert asyncio.run(store.conversations.page()).conversations == []
+        asyncio.run(store.database.write(work))
+    assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
     store.close()
 
 
@@ -143,7 +146,7 @@ def test_many_processes_at_once_migrate_once(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     with sqlite3.connect(tmp_path / "gale.db") as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0005",)]
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
@@ -172,9 +175,9 @@ def test_a_locked_database_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
     other = sqlite3.connect(tmp_path / "gale.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="locked"):
-        asyncio.run(store.conversations.create())
-    assert asyncio.run(store.conversations.page()).conversations == []
+        asyncio.run(store.conversations(LOCAL_OWNER).create())
+    assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
     other.execute("ROLLBACK")
-    asyncio.run(store.conversations.create())
+    asyncio.run(store.conversations(LOCAL_OWNER).create())
     other.close()
     store.close()

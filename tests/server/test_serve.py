@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from gale.core.errors import GaleError
+from gale.platform.access import LOCAL_OWNER
 from gale.platform.store import Store
 from gale.server.runner import listen
 from tests.server.live import Live
@@ -84,7 +85,7 @@ def test_a_signal_ends_open_streams_and_exits_with_0(start: Start, tmp_path: Pat
     assert (process.returncode, out) == (0, "")
     assert "Traceback" not in err
     store = Store.open(f"sqlite:///{tmp_path / 'gale.db'}")
-    _, messages = asyncio.run(store.conversations.get(conversation))
+    _, messages = asyncio.run(store.conversations(LOCAL_OWNER).get(conversation))
     store.close()
     assert messages[1].status == "stopped"
     assert messages[1].content.startswith("tick ")

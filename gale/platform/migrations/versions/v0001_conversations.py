@@ -41,9 +41,3 @@ def upgrade() -> None:
     )
     op.create_index("ix_messages_conversation_id_created_at", "messages", ["conversation_id", "created_at"])
     op.create_index("ix_messages_parent_id", "messages", ["parent_id"])
-
-
-def downgrade() -> None:
-    """Drop both tables."""
-    op.drop_table("messages")
-    op.drop_table("conversations")

@@ -1,20 +1,11 @@
-"""The tables as the code uses them; ``migrations`` builds the same tables, which a test compares.
-
-Times are whole microseconds since 1970 in UTC: fine enough to order by, and the same number in every database.
-"""
+"""The chat page's conversations and their trees of messages."""
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, MetaData, Table, Text
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, Table, Text
 
-# Named constraints can be altered by later migrations on every database.
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+from gale.platform.tables.base import metadata
+from gale.platform.tables.organisations import DEFAULT_PROJECT, FIRST_USER
 
 conversations = Table(
     "conversations",
@@ -25,7 +16,10 @@ conversations = Table(
     Column("updated_at", BigInteger, nullable=False),
     # The end of the branch on show. Not a foreign key: the two tables would then refer to each other in a circle.
     Column("leaf_id", Text),
-    Index(None, "updated_at", "id"),
+    # Projects and users are never deleted, so these need no foreign keys (which migration 0002 could not add).
+    Column("project_id", Text, nullable=False, server_default=DEFAULT_PROJECT),
+    Column("user_id", Text, nullable=False, server_default=FIRST_USER),
+    Index(None, "user_id", "project_id", "updated_at", "id"),
 )
 
 messages = Table(

@@ -1,0 +1,63 @@
+"""Who asks, and whether they may: one rule book for HTTP, batches, jobs and the command line alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gale.core.errors import GaleError
+from gale.platform.tables import DEFAULT_ORGANISATION, DEFAULT_PROJECT, FIRST_USER
+
+# From what anybody in a project does to what only an organisation's owner does.
+Action = Literal["use", "read", "write", "administer"]
+Role = Literal["owner", "member", "reader"]
+
+_ALLOWED: dict[Role, frozenset[Action]] = {
+    "owner": frozenset(("use", "read", "write", "administer")),
+    "member": frozenset(("use", "read", "write")),
+    "reader": frozenset(("read",)),
+}
+
+
+class NotAllowedError(GaleError):
+    """The actor is known and may not do this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Whoever a request, a batch or a job acts for.
+
+    ``project_id`` is the tenant whose files, jobs and models are seen; None for an administration key. ``scopes`` and
+    ``models`` narrow what a key may do; None leaves what the role allows.
+    """
+
+    organisation_id: str
+    project_id: str | None
+    user_id: str | None
+    key_id: str | None
+    role: Role
+    scopes: frozenset[Action] | None = None
+    models: frozenset[str] | None = None
+
+    @property
+    def project(self) -> str:
+        """The tenant. Raises :class:`NotAllowedError` for an administration key, which belongs to none."""
+        if self.project_id is None:
+            raise NotAllowedError(
+                "An administration key cannot be used here.", hint="Use a key of the project whose things these are."
+            )
+        return self.project_id
+
+
+# Whoever sits at a machine whose Gale has no accounts.
+LOCAL_OWNER = Actor(DEFAULT_ORGANISATION, DEFAULT_PROJECT, FIRST_USER, None, "owner")
+
+
+def authorize(actor: Actor, action: Action) -> None:
+    """Raises :class:`NotAllowedError` where ``actor`` may not do ``action`` in its project or organisation.
+
+    Whose an object is needs no rule here: every query names the actor's project, so that another's object looks like
+    one that does not exist.
+    """
+    if action not in _ALLOWED[actor.role] or (actor.scopes is not None and action not in actor.scopes):
+        raise NotAllowedError(f"This {'key' if actor.key_id else 'account'} may not {action} here.")
