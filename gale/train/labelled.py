@@ -157,7 +157,7 @@ class LabelledRows:
     def number(self, n: int) -> LabelledRow:
         """Row n of the endless sequence of epochs."""
         epoch, place = divmod(n, len(self.rows))
-        return self.rows[self._order(epoch)[place]]
+        return self.rows[int(self._order(epoch)[place])]
 
     def batch(self, first_row: int, rows: int) -> tuple[Batch, Tensor]:
         """Rows ``first_row`` to ``first_row + rows``, a piece each, and their labels [rows, labels]."""
