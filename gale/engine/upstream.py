@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -51,6 +52,7 @@ MOST_EVENT_BYTES = 1024 * 1024
 # No token of a vocabulary in use is longer, so a text of n bytes has at least n over this many tokens.
 _LONGEST_TOKEN_BYTES = 256
 _MOST_KNOWN_TOKENS = 2**18
+_END_PATIENCE_S = 0.2
 _AT_ONCE = 16
 
 log = structlog.get_logger()
@@ -279,8 +281,13 @@ class UpstreamEngine:
 
     async def _chunks(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncGenerator[Chunk, None]:
         async with self._http.open(path, body, optional) as response:
-            async for event in httpx2.EventSource(response, MOST_EVENT_BYTES):
+            events = aiter(httpx2.EventSource(response, MOST_EVENT_BYTES))
+            async for event in events:
                 if event.data.strip() == "[DONE]":
+                    # A response that was read to its end, which is near, leaves its connection for the next.
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_END_PATIENCE_S):
+                            await anext(events, None)
                     return
                 if event.data:  # else an id or a reconnection time by itself
                     yield parse_chunk(event.data, self._context_length)
