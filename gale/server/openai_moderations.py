@@ -11,14 +11,16 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from fastapi.responses import Response
+from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from gale.assistant.moderation import Judgement, Moderator
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError
+from gale.server.field_checks import Parameters
 from gale.server.json_body import read_json, request_schema
+from gale.server.json_text import json_response
 from gale.server.lifecycle import Lifecycle
 
 MOST_INPUTS = 1024
@@ -78,12 +80,20 @@ def _problem(path: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("content_part", "{message}", {"path": path, "message": message})
 
 
-class ModerationRequest(BaseModel):
+_TEXT = {"type": "string", "minLength": 1}
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+}
+_SEVERAL = {"type": "array", "minItems": 1, "maxItems": MOST_INPUTS}
+_INPUT = {"anyOf": [_TEXT, {**_SEVERAL, "items": _TEXT}, {**_SEVERAL, "items": _PART}]}
+
+
+class ModerationRequest(Parameters):
     """The request."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    input: Annotated[list[list[str]], BeforeValidator(_texts)]
+    input: Annotated[list[list[str]], BeforeValidator(_texts), WithJsonSchema(_INPUT)]
     model: str | None = None
 
 
@@ -104,7 +114,7 @@ def routes(moderator: Moderator, lifecycle: Lifecycle) -> APIRouter:
             )
         judgements = await while_wanted(request.receive, lifecycle, moderator.judge(body.input))
         judged = [category for category in CATEGORIES if category in judgements[0].scores]
-        return JSONResponse(
+        return await json_response(
             {
                 "id": f"modr-{secrets.token_hex(12)}",
                 "model": name,
