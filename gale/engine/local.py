@@ -186,9 +186,11 @@ class LocalEngine:
         """Most tokens of prompt and answer together: the model's own limit, or what there is memory for."""
         return min(self._model.config.context_length, self._cached_tokens)
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering ``messages``."""
-        return len(self._prompts.encode_chat(messages))
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
+        """See :meth:`gale.engine.request.Engine.count_prompt_tokens`."""
+        return len(self._prompts.encode_chat(messages, tools, self._template_of(self._adapters.get(adapter))))
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""
@@ -327,6 +329,8 @@ class LocalEngine:
         finally:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
+            if sampling.progress is not None:
+                sampling.progress.usage = sequence.usage
 
     def _template_of(self, adapter: Adapter | None) -> ChatTemplate:
         return self._prompts.template if adapter is None else adapter.template or self._prompts.template

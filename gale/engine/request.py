@@ -83,6 +83,27 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request. ``cached_tokens`` of the prompt had been read before; they say nothing about the
+    answer, so two counts are equal without them.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far an answer came, for those who must know it of one that was stopped: told by the engine at its end.
+
+    None where it does not know. Of a prompt only what was read counts.
+    """
+
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
@@ -106,6 +127,8 @@ class SamplingParams:
     A ``grammar`` leaves only tokens that it allows, and ends the answer (with reason "stop") where it allows no more.
     A model whose template has it think first does so freely. An answer cut by its length is the beginning of one that
     the grammar allows.
+
+    ``progress`` is told, however the answer ends, what was done for it.
     """
 
     max_tokens: int | None = None
@@ -125,6 +148,7 @@ class SamplingParams:
     adapter: str | None = None
     priority: int = 0
     grammar: Grammar | None = None
+    progress: Progress | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +170,6 @@ class Tools:
     def callable(self) -> list[dict[str, Any]]:
         """Those that may be called."""
         return [function for function in self.functions if self.only is None or function["name"] in self.only]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of one request. ``cached_tokens`` of the prompt had been read before; they say nothing about the
-    answer, so two counts are equal without them.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,10 +276,13 @@ class Engine(Protocol):
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering ``messages``.
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
+        """Tokens the model would read before answering ``messages``; not fewer than :meth:`chat` does read.
 
-        Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
+        Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time, and
+        :class:`UnknownAdapterError`.
         """
 
     def chat(

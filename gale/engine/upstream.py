@@ -136,12 +136,17 @@ class UpstreamEngine:
         """Most tokens of prompt and answer together."""
         return self._context_length
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering; an estimate where the upstream does not tokenise."""
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
+        """Tokens the model would read before answering; an estimate where the upstream does not tokenise, and of tools
+        a byte for each, as servers do not tokenise those.
+        """
+        shown = len(json.dumps(tools.functions).encode()) if tools else 0
         if self._tokenizes:
-            return len(self.encode_chat(messages))
+            return len(self.encode_chat(messages)) + shown
         self._refuse_megabytes(json.dumps(messages, ensure_ascii=False))
-        return estimated_tokens(messages)
+        return estimated_tokens(messages) + shown
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode_chat`."""
@@ -267,6 +272,8 @@ class UpstreamEngine:
             if reason is None:  # else all has come but the last lines, with the counts
                 raise
         finally:
+            if sampling.progress is not None:
+                sampling.progress.usage = usage or Usage(prompt_tokens() if pieces else 0, pieces)
             await chunks.aclose()
         if reason is None:
             raise EngineFailedError("The upstream's answer ended without an end.")

@@ -27,6 +27,7 @@ from gale.server.caller import Identify
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
 from gale.server.local_guard import LocalGuard
+from gale.server.metered import Metered
 from gale.server.sse import StreamLimits
 
 # Where `npm run build` puts the page; part of the wheel.
@@ -49,6 +50,7 @@ def create_app(
     """
     lifecycle = lifecycle or Lifecycle()
     stream_limits = stream_limits or StreamLimits()
+    lifecycle.background.append(store.metering.run)
     # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
     # whatever the Host header says.
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -65,6 +67,7 @@ def create_app(
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)
     # The one added last is the outermost.
+    app.add_middleware(Metered, metering=store.metering)
     app.add_middleware(Identify)
     app.add_middleware(LocalGuard)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gale.engine.request import Engine
 from gale.platform.access import LOCAL_OWNER, Actor
+from gale.server.metered import engine_for
+
+AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 
 class Identify:
@@ -25,3 +31,8 @@ def actor_of(request: Request) -> Actor:
     """Whom ``request`` acts for."""
     actor: Actor = request.state.actor
     return actor
+
+
+def engine_of(request: Request, engine: AnyEngine) -> AnyEngine:
+    """``engine`` as whom ``request`` acts for may use it: limited, charged and counted (see gale.platform.metering)."""
+    return engine_for(request, actor_of(request), engine)
