@@ -226,10 +226,11 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every answer."""
+    """The last event of every answer; ``stop`` is the stop string that ended it, if one did."""
 
     reason: FinishReason
     usage: Usage
+    stop: str | None = None
 
 
 Event = TextDelta | ReasoningDelta | ToolCallDelta | Finished
@@ -279,7 +280,7 @@ class Engine(Protocol):
     def count_prompt_tokens(
         self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
     ) -> int:
-        """Tokens the model would read before answering ``messages``; not fewer than :meth:`chat` does read.
+        """Tokens the model would read before answering ``messages`` with ``tools`` to call.
 
         Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time, and
         :class:`UnknownAdapterError`.

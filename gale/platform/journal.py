@@ -8,6 +8,7 @@ no more is found by its lock, which the system lets go with the process, however
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -15,10 +16,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 import structlog
+from sqlalchemy import make_url
 
+from gale.core import files
+from gale.core.settings import settings
 from gale.platform.usage import UsageEvent
 
 log = structlog.get_logger("gale.platform.journal")
+
+
+def journal_folder(url: str) -> Path | None:
+    """Where usage waits for the database at ``url``: beside its file; None for one in memory."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        name = hashlib.sha256(f"{parsed.host}:{parsed.port}/{parsed.database}".encode()).hexdigest()[:16]
+        return settings().home / "usage" / name
+    if parsed.database in (None, "", ":memory:"):
+        return None
+    path = files.expand(parsed.database or "").absolute()
+    return path.with_name(f"{path.name}-usage")
 
 
 class Segment:
