@@ -259,6 +259,27 @@ class Decision:
         return [weight / sum(weights) for weight in weights]
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy an engine is: requests that wait and that run, and tokens whose keys and values it holds for those that
+    run, keeps in case that they are of use, and has room for.
+    """
+
+    waiting: int
+    running: int
+    cached_tokens: int
+    kept_tokens: int
+    most_cached_tokens: int
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An engine that can say how busy it is."""
+
+    def stats(self) -> EngineStats:
+        """As of its last step; from any thread."""
+
+
 class Engine(Protocol):
     """A model that answers.
 
