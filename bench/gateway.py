@@ -156,7 +156,7 @@ def kill(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep_writing(target: Target, done: list[str]) -> None:
-    """Make conversations, answers and files until the server is gone; ``done`` are the paths of what it acknowledged."""
+    """Make conversations, answers and files until the server is gone; ``done``: the paths of what it acknowledged."""
     with httpx2.Client(base_url=f"{target.url}/v1", timeout=10) as http:
         try:
             while True:

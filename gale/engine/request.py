@@ -345,6 +345,16 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class SelfTested(Engine, Protocol):
+    """An engine whose scores can be checked against its model."""
+
+    def log_likelihood(self, tokens: list[int]) -> float:
+        """The natural log-probability of all tokens but the first, by one pass over the model that has no cache, no
+        batch and no pieces. For before the first request: it does not wait for others.
+        """
+
+
+@runtime_checkable
 class Reader(Engine, Protocol):
     """An engine that can also answer by reading alone. ``embed`` and ``decide`` are called as ``chat`` is."""
 

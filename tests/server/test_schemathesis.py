@@ -33,7 +33,7 @@ def test_nothing_answers_with_a_server_error(tiny: Live) -> None:
         @given(case=operation.as_strategy())
         def send(case: Any) -> None:
             response = case.call(timeout=60)
-            assert response.status_code < 500, f"{operation.label}: {response.text[:500]}"
+            assert response.status_code < 500, f"{case.operation.label}: {response.text[:500]}"
             if response.status_code >= 400:
                 assert response.json()["error"]["message"]
 
