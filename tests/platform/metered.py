@@ -45,16 +45,25 @@ class Clocks:
 class Bench:
     """What the tests of metering work with."""
 
-    def __init__(self, database: Database, folder: Path | None) -> None:
+    def __init__(self, url: str, database: Database, folder: Path | None) -> None:
+        self.url = url
         self.database = database
+        self.others: list[Database] = []
         self.clocks = Clocks()
         self.engine = ScriptedEngine()
         self.folder = folder
-        self.metering = self.another()
+        self.metering = self._metering(database)
 
-    def another(self) -> Metering:
-        """Another server's over the same database."""
-        return Metering(self.database, self.folder, clock=self.clocks.monotonic, now_us=self.clocks.now_us)
+    async def another(self) -> Metering:
+        """Another server's over the same data; PostgreSQL sees two that share nothing."""
+        database = self.database
+        if not self.url.startswith("sqlite"):
+            database = await asyncio.to_thread(Database.open, self.url)
+            self.others.append(database)
+        return self._metering(database)
+
+    def _metering(self, database: Database) -> Metering:
+        return Metering(database, self.folder, clock=self.clocks.monotonic, now_us=self.clocks.now_us)
 
     async def limit(self, model: str = "", **values: int | None) -> None:
         await Limits(self.database).change(PROJECT, model, values)
@@ -108,7 +117,9 @@ async def finish(engine: Any, text: str, **sampling: Any) -> Finished:
 async def bench(url: str = "sqlite://", folder: Path | None = None) -> AsyncIterator[Bench]:
     """A fresh one."""
     database = await asyncio.to_thread(Database.open, url)
+    made = Bench(url, database, folder)
     try:
-        yield Bench(database, folder)
+        yield made
     finally:
-        database.close()
+        for each in (database, *made.others):
+            await asyncio.to_thread(each.close)

@@ -19,9 +19,9 @@ from gale.text.template import Message
 from tests.platform.metered import A_MICRO_EACH, ACTOR, PROJECT, TOTAL, bench, finish
 
 
-def test_an_answer_becomes_an_event_and_a_sum_of_its_hour() -> None:
+def test_an_answer_becomes_an_event_and_a_sum_of_its_hour(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price(Price(2_000_000, 0, 3_500_000))
             await b.ask("one two three")
             await b.ask("one two three")
@@ -37,9 +37,9 @@ def test_an_answer_becomes_an_event_and_a_sum_of_its_hour() -> None:
     asyncio.run(main())
 
 
-def test_several_answers_to_one_request_share_its_prompt_and_make_one_event() -> None:
+def test_several_answers_to_one_request_share_its_prompt_and_make_one_event(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.limit(requests_per_minute=1)
             engine = b.metering.engine(ACTOR, b.engine)
             messages = [Message(role="user", content="one two three")]
@@ -59,9 +59,9 @@ def test_several_answers_to_one_request_share_its_prompt_and_make_one_event() ->
     asyncio.run(main())
 
 
-def test_a_client_that_leaves_pays_for_what_was_said() -> None:
+def test_a_client_that_leaves_pays_for_what_was_said(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(1000)
             engine = b.metering.engine(ACTOR, b.engine)
@@ -80,9 +80,9 @@ def test_a_client_that_leaves_pays_for_what_was_said() -> None:
     asyncio.run(main())
 
 
-def test_what_the_engine_fails_at_costs_nothing() -> None:
+def test_what_the_engine_fails_at_costs_nothing(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(200)
             await b.limit(tokens_per_minute=100)
@@ -96,9 +96,9 @@ def test_what_the_engine_fails_at_costs_nothing() -> None:
     asyncio.run(main())
 
 
-def test_a_hundred_calls_at_the_edge_of_a_budget_spend_what_it_has_and_no_more() -> None:
+def test_a_hundred_calls_at_the_edge_of_a_budget_spend_what_it_has_and_no_more(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             # An answer costs 3 for the prompt and 7 for what is said; 37 of a hundred can be paid.
             await b.budget(375)
@@ -127,9 +127,9 @@ def test_a_hundred_calls_at_the_edge_of_a_budget_spend_what_it_has_and_no_more()
     asyncio.run(main())
 
 
-def test_every_budget_that_a_request_is_under_is_kept_to() -> None:
+def test_every_budget_that_a_request_is_under_is_kept_to(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(1000, BudgetKey(("organisation", "org_default"), "month"))
             await b.budget(1000, TOTAL)
@@ -148,12 +148,12 @@ def test_every_budget_that_a_request_is_under_is_kept_to() -> None:
     asyncio.run(main())
 
 
-def test_two_servers_share_a_budget_without_overspending_it() -> None:
+def test_two_servers_share_a_budget_without_overspending_it(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(300)
-            other = b.another()
+            other = await b.another()
             done = await asyncio.gather(
                 *[
                     b.ask("one two", max_tokens=7, metering=metering)
@@ -173,12 +173,12 @@ def test_two_servers_share_a_budget_without_overspending_it() -> None:
     asyncio.run(main())
 
 
-def test_what_a_killed_server_held_is_free_again_when_it_has_not_been_heard_of_for_long() -> None:
+def test_what_a_killed_server_held_is_free_again_when_it_has_not_been_heard_of_for_long(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(100)
-            dead = b.another()
+            dead = await b.another()
             await b.ask("one two", max_tokens=90, metering=dead)
             assert (await b.budgets())[TOTAL].held_micro > 0
             with pytest.raises(BudgetSpentError):
@@ -193,12 +193,12 @@ def test_what_a_killed_server_held_is_free_again_when_it_has_not_been_heard_of_f
     asyncio.run(main())
 
 
-def test_a_server_that_was_taken_for_dead_gives_no_more_out_of_what_it_had() -> None:
+def test_a_server_that_was_taken_for_dead_gives_no_more_out_of_what_it_had(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(100)
-            asleep = b.another()
+            asleep = await b.another()
             await b.ask("one two", max_tokens=80, metering=asleep)
             await asleep.queue.flush()
             await b.metering.ready()
@@ -217,9 +217,9 @@ def test_a_server_that_was_taken_for_dead_gives_no_more_out_of_what_it_had() -> 
     asyncio.run(main())
 
 
-def test_a_day_s_budget_begins_anew_at_midnight_in_utc_and_not_when_the_clock_is_set_back() -> None:
+def test_a_day_s_budget_begins_anew_at_midnight_in_utc_and_not_when_the_clock_is_set_back(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             day = BudgetKey(PROJECT, "day")
             midnight = 1_700_006_400_000_000
             assert midnight % 86_400_000_000 == 0
@@ -243,9 +243,9 @@ def test_a_day_s_budget_begins_anew_at_midnight_in_utc_and_not_when_the_clock_is
     asyncio.run(main())
 
 
-def test_what_costs_nothing_needs_no_budget() -> None:
+def test_what_costs_nothing_needs_no_budget(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.budget(0)
             await b.ask("one two")
 
@@ -253,10 +253,10 @@ def test_what_costs_nothing_needs_no_budget() -> None:
 
 
 def test_usage_that_the_database_does_not_take_is_written_when_it_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
-        async with bench(folder=tmp_path / "usage") as b:
+        async with bench(database_url, tmp_path / "usage") as b:
             await b.price()
             await b.budget(1000)
             await b.ask("one two", max_tokens=7)
@@ -282,11 +282,11 @@ def test_usage_that_the_database_does_not_take_is_written_when_it_does(
 
 
 def test_too_much_that_waits_stops_what_costs_a_budget_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
         monkeypatch.setattr(usage_queue, "MOST_EVENTS", 4)
-        async with bench(folder=tmp_path) as b:
+        async with bench(database_url, tmp_path / "usage") as b:
             await b.price()
             await b.ask("one")
 
@@ -313,9 +313,11 @@ def test_too_much_that_waits_stops_what_costs_a_budget_and_nothing_else(
     asyncio.run(main())
 
 
-def test_a_write_that_succeeded_without_our_knowing_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_succeeded_without_our_knowing_is_not_counted_twice(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(1000)
             await b.ask("one two", max_tokens=7)
@@ -338,9 +340,9 @@ def test_a_write_that_succeeded_without_our_knowing_is_not_counted_twice(monkeyp
     asyncio.run(main())
 
 
-def test_the_usage_of_a_killed_server_is_written_at_the_next_start_once(tmp_path: Path) -> None:
+def test_the_usage_of_a_killed_server_is_written_at_the_next_start_once(database_url: str, tmp_path: Path) -> None:
     async def main() -> None:
-        async with bench(f"sqlite:///{tmp_path / 'gale.db'}", tmp_path / "usage") as b:
+        async with bench(database_url, tmp_path / "usage") as b:
             await b.price()
             await b.budget(1000)
             await b.ask("one two", max_tokens=7)
@@ -350,7 +352,7 @@ def test_the_usage_of_a_killed_server_is_written_at_the_next_start_once(tmp_path
                 file.write(b'{"id":"half a li')  # killed in the middle of a write
             b.metering.close()
             for _ in range(2):  # started again, and killed, and started
-                fresh = b.another()
+                fresh = await b.another()
                 await fresh.queue.replay()
                 fresh.close()
             assert len(await b.rows("usage_events")) == 2
@@ -360,20 +362,20 @@ def test_the_usage_of_a_killed_server_is_written_at_the_next_start_once(tmp_path
     asyncio.run(main())
 
 
-def test_the_usage_of_a_living_server_is_left_to_it(tmp_path: Path) -> None:
+def test_the_usage_of_a_living_server_is_left_to_it(database_url: str, tmp_path: Path) -> None:
     async def main() -> None:
-        async with bench(folder=tmp_path) as b:
+        async with bench(database_url, tmp_path / "usage") as b:
             await b.ask("one two")
-            await b.another().queue.replay()
+            await (await b.another()).queue.replay()
             assert await b.rows("usage_events") == []
-            assert len(os.listdir(tmp_path)) == 1  # noqa: PTH208
+            assert len(os.listdir(tmp_path / "usage")) == 1  # noqa: PTH208
 
     asyncio.run(main())
 
 
-def test_a_server_that_stops_writes_what_it_has_and_gives_back_what_it_holds(tmp_path: Path) -> None:
+def test_a_server_that_stops_writes_what_it_has_and_gives_back_what_it_holds(database_url: str, tmp_path: Path) -> None:
     async def main() -> None:
-        async with bench(folder=tmp_path) as b:
+        async with bench(database_url, tmp_path / "usage") as b:
             await b.price()
             await b.budget(1000)
             running = asyncio.create_task(b.metering.run())
@@ -387,9 +389,9 @@ def test_a_server_that_stops_writes_what_it_has_and_gives_back_what_it_holds(tmp
     asyncio.run(main())
 
 
-def test_models_that_an_actor_may_not_use_are_not_there() -> None:
+def test_models_that_an_actor_may_not_use_are_not_there(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             b.engine.adapters = ("ft:one", "ft:two", "free")
             b.metering.visible = lambda actor, name: name != "ft:two"
             engine = b.metering.engine(ACTOR, b.engine)
@@ -404,9 +406,11 @@ def test_models_that_an_actor_may_not_use_are_not_there() -> None:
     asyncio.run(main())
 
 
-def test_a_request_without_budgets_and_limits_asks_the_database_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_without_budgets_and_limits_asks_the_database_for_nothing(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.metering.ready()
 
             async def fail(work: object) -> None:
@@ -420,10 +424,11 @@ def test_a_request_without_budgets_and_limits_asks_the_database_for_nothing(monk
 
 
 def test_a_request_with_a_budget_waits_for_the_database_only_where_its_block_is_too_small(
+    database_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.price()
             await b.budget(100_000)
             await b.ask("one two", max_tokens=7)
@@ -439,9 +444,9 @@ def test_a_request_with_a_budget_waits_for_the_database_only_where_its_block_is_
     asyncio.run(main())
 
 
-def test_what_was_used_without_an_engine_of_ours_is_recorded() -> None:
+def test_what_was_used_without_an_engine_of_ours_is_recorded(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             from gale.engine.request import Usage
 
             await b.price(A_MICRO_EACH)

@@ -72,9 +72,9 @@ def test_several_servers_keep_to_a_limit_together() -> None:
         rates.enter(limits)
 
 
-def test_requests_per_minute_and_day_count_requests_and_not_answers() -> None:
+def test_requests_per_minute_and_day_count_requests_and_not_answers(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.limit(requests_per_minute=2, requests_per_day=3)
             for _ in range(2):
                 await b.ask("one two")
@@ -92,9 +92,9 @@ def test_requests_per_minute_and_day_count_requests_and_not_answers() -> None:
     asyncio.run(main())
 
 
-def test_tokens_are_set_aside_and_what_was_not_used_is_given_back() -> None:
+def test_tokens_are_set_aside_and_what_was_not_used_is_given_back(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.limit(tokens_per_minute=40)
             await b.ask("one two three", max_tokens=30)  # a prompt of 4 and an answer of 3
             await b.ask("one two three", max_tokens=29)  # 7 are used
@@ -109,9 +109,9 @@ def test_tokens_are_set_aside_and_what_was_not_used_is_given_back() -> None:
     asyncio.run(main())
 
 
-def test_an_answer_without_a_length_may_pass_and_is_counted_whole() -> None:
+def test_an_answer_without_a_length_may_pass_and_is_counted_whole(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.limit(tokens_per_minute=40)
             await b.ask("word " * 30)
             with pytest.raises(LimitExceededError):
@@ -120,9 +120,9 @@ def test_an_answer_without_a_length_may_pass_and_is_counted_whole() -> None:
     asyncio.run(main())
 
 
-def test_requests_at_once_are_limited_and_end_with_their_answers() -> None:
+def test_requests_at_once_are_limited_and_end_with_their_answers(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.limit(concurrency=1)
             waiting = asyncio.create_task(b.ask("silent"))
             await b.asked()
@@ -135,9 +135,9 @@ def test_requests_at_once_are_limited_and_end_with_their_answers() -> None:
     asyncio.run(main())
 
 
-def test_a_batch_has_no_rate_limits() -> None:
+def test_a_batch_has_no_rate_limits(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.limit(requests_per_minute=1, tokens_per_minute=1, concurrency=1)
             for _ in range(3):
                 await b.ask("one two three", batch=True)
@@ -145,9 +145,9 @@ def test_a_batch_has_no_rate_limits() -> None:
     asyncio.run(main())
 
 
-def test_a_limit_that_is_lifted_limits_no_more() -> None:
+def test_a_limit_that_is_lifted_limits_no_more(database_url: str) -> None:
     async def main() -> None:
-        async with bench() as b:
+        async with bench(database_url) as b:
             await b.limit(requests_per_minute=1)
             await b.ask("one")
             with pytest.raises(LimitExceededError):
