@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gale.core.errors import StoreError
 from gale.engine.request import Usage
-from gale.platform.access import Actor, NotAllowedError
+from gale.platform.access import Actor, NotAllowedError, authorize
 from gale.platform.budgets import BudgetKey
 from gale.platform.ids import new_id
 from gale.platform.limits import Limit, Measure
@@ -62,8 +62,7 @@ class Admission:
 
     def may_use(self, model: str) -> bool:
         """Whether its actor may know of ``model``."""
-        allowed = self.actor.models is None or model in self.actor.models
-        return allowed and self._metering.visible(self.actor, model)
+        return self.actor.may_use(model) and self._metering.visible(self.actor, model)
 
     def state(self, measure: Measure) -> RateState | None:
         """The tightest limit that held for it; None where there is none."""
@@ -79,6 +78,7 @@ class Admission:
         :class:`LimitExceededError`, :class:`BudgetSpentError`, :class:`NotAllowedError` and :class:`StoreError`.
         """
         model = model or self._base
+        authorize(self.actor, "use")
         if not self.may_use(model):
             raise NotAllowedError(f"The model `{model}` may not be used here.")
         key = _key(prompt)

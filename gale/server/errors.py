@@ -70,14 +70,21 @@ class ApiError(Exception):
 
     def response(self, path: str = "") -> JSONResponse:
         """The answer as HTTP, in the shape of the API that ``path`` belongs to."""
-        body = self.anthropic_body if path.startswith("/v1/messages") else self.body
-        return JSONResponse(body, self.status, headers=self.headers)
+        return JSONResponse(self.body_for(path), self.status, headers=self.headers)
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The error as the clients of the API at ``path`` read it."""
+        return self.anthropic_body if path.startswith("/v1/messages") else self.body
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
         """The error as Anthropic's clients read it."""
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.body["error"]["message"]}}
+
+
+class AccessEndedError(Exception):
+    """The caller lost their access while they were being answered; whoever streams was told."""
 
 
 def invalid(param: str, reason: str) -> ApiError:
@@ -114,10 +121,11 @@ def as_api_error(error: Exception) -> ApiError:
             )
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
-        case ConflictError():
-            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
         case CursorError():
-            return ApiError(400, error.message, code="invalid_value", param="cursor")
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
+        case ConflictError():
+            # OpenAI's clients ask again after a 409, which would meet the same state.
+            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
         case StoreError():
             return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
         case GaleError():
@@ -170,6 +178,8 @@ def invalid_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             return ApiError(
                 400, f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param
             )
+        case "unsupported_parameter":
+            return ApiError(400, first["msg"], code="unsupported_parameter", param=param)
         case kind:
             code = "invalid_type" if kind.endswith("_type") else "invalid_value"
             reason = str(first["msg"]).removeprefix("Value error, ")
