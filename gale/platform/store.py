@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from gale.platform.access import Actor
 from gale.platform.api_keys import ApiKeys
 from gale.platform.audit import AuditLog
 from gale.platform.conversations import Conversations
 from gale.platform.database import Database
 from gale.platform.identities import Identities
+from gale.platform.journal import journal_folder
+from gale.platform.metering import Metering
 from gale.platform.organisations import Organisations, Projects
 from gale.platform.people import People, ServiceAccounts
 from gale.platform.responses import ItemConversations, Responses
@@ -18,8 +22,9 @@ from gale.platform.sessions import Sessions
 class Store:
     """The open store. Close it when the service ends."""
 
-    def __init__(self, database: Database, secret: Secret | None = None) -> None:
+    def __init__(self, database: Database, secret: Secret | None = None, usage_folder: Path | None = None) -> None:
         self.database = database
+        self.metering = Metering(database, usage_folder)
         self._secret = secret or Secret()
         self.organisations = Organisations(database)
         self.sessions = Sessions(database, self._secret)
@@ -63,8 +68,9 @@ class Store:
     @classmethod
     def open(cls, url: str, *, exclusive: bool = False) -> Store:
         """Open and migrate the database at ``url`` as :meth:`Database.open` does. Blocks. Raises ``StoreError``."""
-        return cls(Database.open(url, exclusive=exclusive))
+        return cls(Database.open(url, exclusive=exclusive), usage_folder=journal_folder(url))
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""
+        self.metering.close()
         self.database.close()

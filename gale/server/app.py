@@ -33,6 +33,7 @@ from gale.server.caller import Identify
 from gale.server.cors import Cors
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
+from gale.server.metered import Metered
 from gale.server.origins import Origins
 from gale.server.sse import StreamLimits
 
@@ -58,6 +59,7 @@ def create_app(
     origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
     stream_limits = stream_limits or StreamLimits()
+    lifecycle.background.append(store.metering.run)
     # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
     # whatever the Host header says.
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -80,6 +82,7 @@ def create_app(
     page_files = static_page.install(app, static)
     lifecycle.background.append(identities.keep_last_use)
     # The one added last is the outermost.
+    app.add_middleware(Metered, metering=store.metering)
     app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
     app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())

@@ -59,6 +59,7 @@ class Edge:
             return
         headers = Headers(scope=scope)
         exchange = _Exchange(scope, _request_id(headers), send)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
         body = LimitedBody(receive, exchange.send, self._limits.body)
         self._in_progress += 1
         try:
