@@ -5,6 +5,7 @@ from __future__ import annotations
 from gale.platform.access import Actor
 from gale.platform.conversations import Conversations
 from gale.platform.database import Database
+from gale.platform.jobs import Jobs
 
 
 class Store:
@@ -12,6 +13,7 @@ class Store:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.jobs = Jobs(database)
 
     def conversations(self, actor: Actor) -> Conversations:
         """The chat page's conversations of ``actor``."""

@@ -24,7 +24,7 @@ from gale.engine.request import (
     UnknownAdapterError,
 )
 from gale.platform.access import NotAllowedError
-from gale.platform.errors import CursorError, NotFoundError
+from gale.platform.errors import ConflictError, CursorError, NotFoundError
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
@@ -86,7 +86,10 @@ def as_api_error(error: Exception) -> ApiError:
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
         case CursorError():
-            return ApiError(400, error.message, code="invalid_value", param="cursor")
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
+        case ConflictError():
+            # OpenAI's clients ask again after a 409, which would meet the same state.
+            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
         case StoreError():
             return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
         case GaleError():
