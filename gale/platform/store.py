@@ -5,6 +5,7 @@ from __future__ import annotations
 from gale.platform.access import Actor
 from gale.platform.conversations import Conversations
 from gale.platform.database import Database
+from gale.platform.jobs import Jobs
 from gale.platform.responses import ItemConversations, Responses
 
 
@@ -13,6 +14,7 @@ class Store:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self.jobs = Jobs(database)
 
     def conversations(self, actor: Actor) -> Conversations:
         """The chat page's conversations of ``actor``."""

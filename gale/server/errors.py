@@ -86,10 +86,11 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(403, error.message, code="permission_denied", type="permission_error")
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
-        case ConflictError():
-            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
         case CursorError():
-            return ApiError(400, error.message, code="invalid_value", param="cursor")
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
+        case ConflictError():
+            # OpenAI's clients ask again after a 409, which would meet the same state.
+            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
         case StoreError():
             return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
         case GaleError():

@@ -61,6 +61,7 @@ def upgrade() -> None:
         sa.Column("organisation_id", sa.Text(), nullable=False),
         sa.Column("user_id", sa.Text(), nullable=True),
         sa.Column("api_key_id", sa.Text(), nullable=True),
+        sa.Column("rights", sa.JSON(), nullable=False),
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("payload", sa.JSON(), nullable=False),
