@@ -35,7 +35,13 @@ def serve(
     draft: Annotated[
         str | None, typer.Option(help="Folder or name of a smaller model of the same vocabulary that guesses ahead.")
     ] = None,
-    db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
+    self_test: Annotated[
+        bool, typer.Option(help="Check at the start that the scores given out are the model's.")
+    ] = True,
+    db: Annotated[
+        str | None,
+        typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
+    ] = None,
     upstream: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),
@@ -79,6 +85,7 @@ def serve(
     from gale.server.app import create_app
     from gale.server.lifecycle import Lifecycle
     from gale.server.runner import address_of, listen, run
+    from gale.server.self_test import check_scores
 
     choice = EngineChoice(
         model,
@@ -99,7 +106,7 @@ def serve(
         replica_gpus=replica_gpus,
     )
     sock = listen(host, port)
-    store = Store.open(db or settings().database_url)
+    store = Store.open(db or settings().database_url, exclusive=True)
     try:
         with opened(choice, port=sock.getsockname()[1]) as engine:
             lifecycle = Lifecycle()
@@ -110,6 +117,8 @@ def serve(
 
             async def serve_and_close() -> None:
                 try:
+                    if self_test:
+                        await check_scores(engine)
                     await run(app, sock, lifecycle, say_ready)
                 finally:
                     await engine.close()

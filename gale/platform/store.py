@@ -29,9 +29,9 @@ class Store:
         return ItemConversations(self.database, actor)
 
     @classmethod
-    def open(cls, url: str) -> Store:
-        """Open and migrate the database at ``url`` (``sqlite:///...``). Blocks. Raises ``StoreError``."""
-        return cls(Database.open(url))
+    def open(cls, url: str, *, exclusive: bool = False) -> Store:
+        """Open and migrate the database at ``url`` as :meth:`Database.open` does. Blocks. Raises ``StoreError``."""
+        return cls(Database.open(url, exclusive=exclusive))
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""

@@ -10,6 +10,7 @@ from gale import __version__
 from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
+    anthropic_messages,
     decisions,
     errors,
     health,
@@ -61,6 +62,7 @@ def create_app(
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
     app.include_router(openai_conversations.routes(store))
+    app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
     app.include_router(tokenize.routes(engine))
     if isinstance(engine, Reader):
         for kind in (openai_embeddings, rerank, decisions):
