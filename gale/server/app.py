@@ -7,12 +7,16 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from gale import __version__
+from gale.core.settings import settings
 from gale.engine.request import Engine, Reader
+from gale.platform.fine_tuned_models import AdapterHost, FineTunedModels
 from gale.platform.store import Store
+from gale.platform.tuning_supervisor import TuningSupervisor
 from gale.server import (
     anthropic_messages,
     decisions,
     errors,
+    fine_tuning,
     health,
     openai_chat,
     openai_completions,
@@ -57,6 +61,8 @@ def create_app(
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
+    models, supervisor = _tuning(engine, store, lifecycle)
+    app.include_router(fine_tuning.routes(engine, store, models, supervisor))
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
@@ -75,3 +81,16 @@ def create_app(
     app.add_middleware(LocalGuard)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
     return app
+
+
+def _tuning(
+    engine: Engine, store: Store, lifecycle: Lifecycle
+) -> tuple[FineTunedModels | None, TuningSupervisor | None]:
+    """What trains beside the server and serves the result, where the engine is one that can."""
+    if not isinstance(engine, AdapterHost) or engine.folder is None:
+        return None, None
+    home = settings().home
+    models = FineTunedModels(store.database, engine, home)
+    supervisor = TuningSupervisor(store.database, store.jobs, models, home, store.file_folder.path)
+    lifecycle.background.append(supervisor.run)
+    return models, supervisor
