@@ -79,8 +79,10 @@ class PostgresqlServer:
         """The address of a database that exists only inside this block."""
         name = f"test_{secrets.token_hex(6)}"
         execute(self.url(), f"CREATE DATABASE {name} TEMPLATE {template}")
-        yield self.url(name)
-        execute(self.url(), f"DROP DATABASE {name} WITH (FORCE)")
+        try:
+            yield self.url(name)
+        finally:
+            execute(self.url(), f"DROP DATABASE {name} WITH (FORCE)")
 
     def _run(self, program: str, *arguments: str) -> None:
         # To a file: the server inherits where pg_ctl writes to, and a pipe would never be at its end.
