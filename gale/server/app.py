@@ -15,8 +15,10 @@ from gale.server import (
     health,
     openai_chat,
     openai_completions,
+    openai_conversations,
     openai_embeddings,
     openai_models,
+    openai_responses,
     page_conversations,
     page_turns,
     rerank,
@@ -57,6 +59,8 @@ def create_app(
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
+    app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
+    app.include_router(openai_conversations.routes(store))
     app.include_router(tokenize.routes(engine))
     if isinstance(engine, Reader):
         for kind in (openai_embeddings, rerank, decisions):

@@ -25,6 +25,7 @@ from gale.engine.request import (
 )
 from gale.platform.access import NotAllowedError
 from gale.platform.errors import ConflictError, CursorError, NotFoundError
+from gale.server.not_offered import instead_of
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
@@ -85,11 +86,11 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(403, error.message, code="permission_denied", type="permission_error")
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
-        case CursorError():
-            return ApiError(400, error.message, code="invalid_value", param=error.param)
         case ConflictError():
             # OpenAI's clients ask again after a 409, which would meet the same state.
             return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
+        case CursorError():
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
         case StoreError():
             return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
         case GaleError():
@@ -162,7 +163,10 @@ def install(app: FastAPI) -> None:
         if error.status_code in (404, 405):
             url = f"{request.method} {request.scope['path']}"
             detail = "Unknown request URL" if error.status_code == 404 else "Method not allowed"
-            error = HTTPException(error.status_code, f"{detail}: {url}", headers=error.headers)
+            if (instead := instead_of(request.scope["path"])) is not None:
+                error.status_code, detail = 404, "Gale does not offer this URL"
+            hint = f" ({instead})" if instead else ""
+            error = HTTPException(error.status_code, f"{detail}: {url}{hint}", headers=error.headers)
         return as_api_error(error).response()
 
     for kind in (ApiError, GaleError):

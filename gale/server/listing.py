@@ -1,16 +1,31 @@
-"""Lists in OpenAI's shape, which its clients turn page by page."""
+"""Lists as OpenAI pages through them: ``limit`` things after the one named ``after``."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+
+from gale.platform.errors import NotFoundError
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+After = Annotated[str | None, Query(max_length=200)]
+Order = Annotated[Literal["asc", "desc"], Query()]
 
 
-def list_object(data: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
-    """One page; the next begins ``after`` its ``last_id``."""
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": has_more,
-    }
+def listed(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """The list object around one page of objects, each of which has an ``id``."""
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": list(data), **ends, "has_more": has_more}
+
+
+def page_of(things: Sequence[dict[str, Any]], *, limit: int, after: str | None, order: str) -> dict[str, Any]:
+    """A page of ``things``, oldest first. Raises :class:`NotFoundError` where ``after`` is none of them."""
+    ordered = things if order == "asc" else things[::-1]
+    begin = 0
+    if after is not None:
+        begin = next((place + 1 for place, thing in enumerate(ordered) if thing["id"] == after), -1)
+        if begin < 0:
+            raise NotFoundError(f"There is nothing with the id '{after[:100]}' here to go on from.")
+    return listed(ordered[begin : begin + limit], has_more=len(ordered) > begin + limit)

@@ -122,10 +122,11 @@ async def _stream(engine: Engine, asked: Asked, *, include_usage: bool) -> Async
 
 def _answers(engine: Engine, asked: Asked) -> AsyncGenerator[tuple[int, Event], None]:
     """The events of all choices. The engine reads the prompt that they share once, where it can."""
-    return merged(_answer(engine, asked, sampling) for sampling in asked.each)
+    return merged(answer(engine, asked, sampling) for sampling in asked.each)
 
 
-async def _answer(engine: Engine, asked: Asked, sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+async def answer(engine: Engine, asked: Asked, sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+    """The events of one choice, the last one :class:`Finished`. Raises what clients are told."""
     events = engine.chat(asked.messages, sampling, asked.tools)
     try:
         async for event in events:

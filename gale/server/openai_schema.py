@@ -20,6 +20,7 @@ MOST_CHOICES = 128
 MOST_TOP_LOGPROBS = 20
 MOST_TOOL_CALLS = 128
 MOST_METADATA = 16
+MOST_IDENTIFIER_CHARACTERS = 64
 MOST_STOP_CHARACTERS = 256
 
 
@@ -96,10 +97,12 @@ class ChatRequest(SamplingFields, ToolFields):
     # vLLM's: tokens in logprobs stand as "token_id:N", for callers that need ids.
     return_tokens_as_token_ids: bool | None = None
     stop: Annotated[list[StopString], BeforeValidator(stop_list), Field(default=[], max_length=MOST_STOPS)]
-    # Accepted and without effect here: they concern the vendor's accounts.
+    # Labels and hints, which change no answer: what prompts share is kept for all of them anyway.
     user: str | None = None
+    safety_identifier: Annotated[str | None, Field(max_length=MOST_IDENTIFIER_CHARACTERS)] = None
     metadata: Annotated[dict[str, str] | None, at_most(MOST_METADATA)] = None
-    store: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -61,7 +61,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(store._database.write(work))
+        asyncio.run(store.database.write(work))
     assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
     store.close()
 
@@ -175,9 +175,9 @@ def test_a_locked_database_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
     other = sqlite3.connect(tmp_path / "gale.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="locked"):
-        asyncio.run(store.conversations.create())
+        asyncio.run(store.conversations(LOCAL_OWNER).create())
     assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
     other.execute("ROLLBACK")
-    asyncio.run(store.conversations.create())
+    asyncio.run(store.conversations(LOCAL_OWNER).create())
     other.close()
     store.close()
