@@ -26,7 +26,8 @@ def quiet_logs() -> None:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path_factory.mktemp('store') / 'gale.db'}")
+    folder = tmp_path_factory.mktemp("store")
+    opened = Store.open(f"sqlite:///{folder / 'gale.db'}", files=folder / "files")
     yield opened
     opened.close()
 
