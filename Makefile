@@ -34,6 +34,7 @@ page-test: web/node_modules/.stamp
 
 pytest: $(VENV)/.test-stamp $(PAGE)
 	@scripts/need-chromium
+	@scripts/need-postgresql
 	$(BIN)/pytest $(ARGS)
 
 # The screenshots in the README, taken by the end-to-end test.

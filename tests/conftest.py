@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from gale.core.settings import settings
 from gale.data.prepare import prepare
 from gale.data.recipe import DataRecipe
 from gale.model.transformer import Decoder
+from gale.platform.database import Database
 from gale.text.tokenizer import Tokenizer
+from tests.databases import REASON, PostgresqlServer, programs
 from tests.tiny_data import SENTENCES, write_jsonl
 from tests.tiny_model import make_model, make_tokenizer
 
@@ -65,3 +69,56 @@ def gale_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path / "gale-home"
     monkeypatch.undo()
     settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresqlServer]:
+    """A running PostgreSQL server."""
+    folder = programs()
+    if folder is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(REASON)
+        pytest.skip(REASON)
+    server = PostgresqlServer(folder)
+    server.start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty SQLite file."""
+    path = tmp_path_factory.mktemp("template") / "gale.db"
+    Database.open(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql: PostgresqlServer) -> Iterator[str]:
+    """The name of a migrated, empty PostgreSQL database."""
+    with postgresql.database() as url:
+        Database.open(url).close()
+        yield url.rpartition("/")[2]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a migrated, empty database: the test runs on both kinds."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "gale.db")
+        yield f"sqlite:///{tmp_path / 'gale.db'}"
+        return
+    server: PostgresqlServer = request.getfixturevalue("postgresql")
+    with server.database(request.getfixturevalue("postgresql_template")) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a database without tables (an SQLite file is not even there)."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'gale.db'}"
+        return
+    server: PostgresqlServer = request.getfixturevalue("postgresql")
+    with server.database() as url:
+        yield url

@@ -35,7 +35,13 @@ def serve(
     draft: Annotated[
         str | None, typer.Option(help="Folder or name of a smaller model of the same vocabulary that guesses ahead.")
     ] = None,
-    db: Annotated[str | None, typer.Option(help="Database, as sqlite:///path; one in GALE_HOME if not given.")] = None,
+    self_test: Annotated[
+        bool, typer.Option(help="Check at the start that the scores given out are the model's.")
+    ] = True,
+    db: Annotated[
+        str | None,
+        typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
+    ] = None,
     files_dir: Annotated[
         Path | None, typer.Option("--files", metavar="DIR", help="Uploaded files; a folder in GALE_HOME if not given.")
     ] = None,
@@ -86,6 +92,7 @@ def serve(
     from gale.server.app import create_app
     from gale.server.lifecycle import Lifecycle
     from gale.server.runner import address_of, listen, run
+    from gale.server.self_test import check_scores
 
     choice = EngineChoice(
         model,
@@ -108,6 +115,7 @@ def serve(
     sock = listen(host, port)
     store = Store.open(
         db or settings().database_url,
+        exclusive=True,
         files=files_dir and files.resolve(files_dir),
         file_limits=FileLimits(project_bytes=int(files_quota * 1000**3)),
     )
@@ -121,6 +129,8 @@ def serve(
 
             async def serve_and_close() -> None:
                 try:
+                    if self_test:
+                        await check_scores(engine)
                     await run(app, sock, lifecycle, say_ready)
                 finally:
                     await engine.close()

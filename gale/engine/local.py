@@ -44,6 +44,7 @@ from gale.engine.sequence import Sequence
 from gale.engine.speculation import Drafter, DraftModel, NgramDrafter, Speculation
 from gale.model import kernels
 from gale.model.adapter_folder import read_adapter_layers
+from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.quantised import Weights, quantise, served_by_kernels
 from gale.model.transformer import Decoder
@@ -186,9 +187,9 @@ class LocalEngine:
         """Most tokens of prompt and answer together: the model's own limit, or what there is memory for."""
         return min(self._model.config.context_length, self._cached_tokens)
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering ``messages``."""
-        return len(self._prompts.encode_chat(messages))
+    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+        """See :meth:`gale.engine.request.Engine.count_prompt_tokens`."""
+        return len(self._prompts.encode_chat(messages, tools))
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""
@@ -266,6 +267,16 @@ class LocalEngine:
             raise ContextLengthError(longest, self.context_length)
         await self._read(prompt, adapter, scorer)
         return Decision(scorer.logprobs(), len(prompt) + scorer.label_tokens)
+
+    @torch.inference_mode()
+    def log_likelihood(self, tokens: list[int]) -> float:
+        """See :meth:`gale.engine.request.SelfTested.log_likelihood`."""
+        device = self._model.embed_tokens.weight.device
+        ids = torch.tensor(tokens, device=device)
+        attention = PackedAttention([len(tokens) - 1], device, config=self._model.config)
+        hidden_ND = self._model(ids[:-1], torch.arange(len(tokens) - 1, device=device), attention)
+        logprobs_NV = self._model.logits(hidden_ND).float().log_softmax(-1)
+        return float(logprobs_NV.gather(1, ids[1:, None]).sum())
 
     async def _read(self, prompt: list[int], adapter: str | None, observer: Observer) -> None:
         """Show ``observer`` a prompt as the model reads it; nothing is written."""

@@ -213,10 +213,11 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every answer."""
+    """The last event of every answer; ``stop`` is the stop string that ended it, if one did."""
 
     reason: FinishReason
     usage: Usage
+    stop: str | None = None
 
 
 Event = TextDelta | ReasoningDelta | ToolCallDelta | Finished
@@ -263,8 +264,8 @@ class Engine(Protocol):
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering ``messages``.
+    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+        """Tokens the model would read before answering ``messages`` with ``tools`` to call.
 
         Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
         """
@@ -304,6 +305,16 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop all requests and free the model."""
+
+
+@runtime_checkable
+class SelfTested(Engine, Protocol):
+    """An engine whose scores can be checked against its model."""
+
+    def log_likelihood(self, tokens: list[int]) -> float:
+        """The natural log-probability of all tokens but the first, by one pass over the model that has no cache, no
+        batch and no pieces. For before the first request: it does not wait for others.
+        """
 
 
 @runtime_checkable

@@ -131,9 +131,8 @@ class Sequence:
     def finish(self, reason: FinishReason) -> None:
         """End the answer."""
         self.finished = True
-        self.emit(
-            Finished(reason, Usage(self.prompt_tokens, len(self.tokens) - self.prompt_tokens, self.cached_tokens))
-        )
+        usage = Usage(self.prompt_tokens, len(self.tokens) - self.prompt_tokens, self.cached_tokens)
+        self.emit(Finished(reason, usage, self._stops.met))
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""

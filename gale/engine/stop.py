@@ -9,15 +9,20 @@ class StopScanner:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
         self._held = ""
-        self.stopped = False
+        self.met: str | None = None  # the stop string that was met
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self.met is not None
 
     def push(self, text: str) -> str:
         """Text that may be shown now. After a stop string was met, :attr:`stopped` is true and nothing more comes."""
         self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            place, self.met = min(found)
+            shown, self._held = self._held[:place], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -51,6 +52,7 @@ MOST_EVENT_BYTES = 1024 * 1024
 # No token of a vocabulary in use is longer, so a text of n bytes has at least n over this many tokens.
 _LONGEST_TOKEN_BYTES = 256
 _MOST_KNOWN_TOKENS = 2**18
+_END_PATIENCE_S = 0.2
 _AT_ONCE = 16
 
 log = structlog.get_logger()
@@ -136,12 +138,15 @@ class UpstreamEngine:
         """Most tokens of prompt and answer together."""
         return self._context_length
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
-        """Tokens the model would read before answering; an estimate where the upstream does not tokenise."""
+    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+        """Tokens the model would read before answering; an estimate where the upstream does not tokenise, as it does
+        not for tools."""
+        shown = json.dumps(tools.functions, ensure_ascii=False) if tools else ""
+        own = estimated_tokens([Message(role="system", content=shown)]) if shown else 0
         if self._tokenizes:
-            return len(self.encode_chat(messages))
-        self._refuse_megabytes(json.dumps(messages, ensure_ascii=False))
-        return estimated_tokens(messages)
+            return len(self.encode_chat(messages)) + own
+        self._refuse_megabytes(json.dumps(messages, ensure_ascii=False) + shown)
+        return estimated_tokens(messages) + own
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode_chat`."""
@@ -272,12 +277,17 @@ class UpstreamEngine:
             raise EngineFailedError("The upstream's answer ended without an end.")
         if text := stops.flush():
             yield TextDelta(text)
-        yield Finished(reason, usage or Usage(prompt_tokens(), pieces))
+        yield Finished(reason, usage or Usage(prompt_tokens(), pieces), stops.met)
 
     async def _chunks(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncGenerator[Chunk, None]:
         async with self._http.open(path, body, optional) as response:
-            async for event in httpx2.EventSource(response, MOST_EVENT_BYTES):
+            events = aiter(httpx2.EventSource(response, MOST_EVENT_BYTES))
+            async for event in events:
                 if event.data.strip() == "[DONE]":
+                    # A response that was read to its end, which is near, leaves its connection for the next.
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_END_PATIENCE_S):
+                            await anext(events, None)
                     return
                 if event.data:  # else an id or a reconnection time by itself
                     yield parse_chunk(event.data, self._context_length)

@@ -64,6 +64,8 @@ class Responses:
         conversation_id = (body.get("conversation") or {}).get("id")
 
         def work(connection: Connection) -> None:
+            if conversation_id is not None:
+                _conversation(connection, self._project, conversation_id)
             values = {"status": body["status"], "body": body}
             changed = connection.execute(update(table).where(table.c.id == kept.id).values(**values)).rowcount
             if not changed:
@@ -81,7 +83,6 @@ class Responses:
                     )
                 )
             if conversation_id is not None and body["status"] in ("completed", "incomplete"):
-                _conversation(connection, self._project, conversation_id)
                 _append(connection, conversation_id, [*kept.input, *body["output"]])
 
         await self._database.write(work)

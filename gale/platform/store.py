@@ -52,11 +52,13 @@ class Store:
         await self.idempotency.sweep()
 
     @classmethod
-    def open(cls, url: str, *, files: Path | None = None, file_limits: FileLimits | None = None) -> Store:
-        """Open and migrate the database at ``url`` (``sqlite:///...``), with the bytes of files in the folder ``files``
-        (one in GALE_HOME if not given). Blocks. Raises ``StoreError``."""
+    def open(
+        cls, url: str, *, exclusive: bool = False, files: Path | None = None, file_limits: FileLimits | None = None
+    ) -> Store:
+        """Open and migrate the database at ``url`` as :meth:`Database.open` does, with the bytes of files in the folder
+        ``files`` (one in GALE_HOME if not given). Blocks. Raises ``StoreError``."""
         folder = FileFolder(files or settings().files)
-        return cls(Database.open(url), folder, file_limits or FileLimits())
+        return cls(Database.open(url, exclusive=exclusive), folder, file_limits or FileLimits())
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""

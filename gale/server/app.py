@@ -11,6 +11,7 @@ from gale import __version__
 from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
+    anthropic_messages,
     decisions,
     errors,
     health,
@@ -68,6 +69,7 @@ def create_app(
     app.include_router(openai_conversations.routes(store))
     app.include_router(openai_files.routes(store))
     app.include_router(openai_uploads.routes(store))
+    app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
     app.include_router(tokenize.routes(engine))
     if isinstance(engine, Reader):
         for kind in (openai_embeddings, rerank, decisions):

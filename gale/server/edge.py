@@ -82,7 +82,7 @@ class Edge:
                 error = internal_error()
             # Once begun, a response is left without its end and the connection closed, so that the client can tell.
             if exchange.status is None:
-                await error.response()(scope, receive, body.send)
+                await error.response(scope["path"])(scope, receive, body.send)
         finally:
             self._in_progress -= 1
             exchange.log_line()

@@ -35,6 +35,14 @@ from gale.platform.errors import (
 from gale.server.not_offered import instead_of
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -64,9 +72,16 @@ class ApiError(Exception):
         fields = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": {key: value and value.encode("utf-8", "replace").decode() for key, value in fields.items()}}
 
-    def response(self) -> JSONResponse:
-        """The answer as HTTP."""
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        """The answer as HTTP, in the shape of the API that ``path`` belongs to."""
+        body = self.anthropic_body if path.startswith("/v1/messages") else self.body
+        return JSONResponse(body, self.status, headers=self.headers)
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The error as Anthropic's clients read it."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.body["error"]["message"]}}
 
 
 def invalid(param: str, reason: str) -> ApiError:
@@ -165,11 +180,13 @@ def install(app: FastAPI) -> None:
     """Answer every exception of ``app`` with the envelope; unforeseen ones are left to the edge."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        return as_api_error(error).response(request.scope["path"])
 
     async def answer_parameters(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return invalid_fields([{**each, "loc": each["loc"][1:]} for each in error.errors()]).response()
+        return invalid_fields([{**each, "loc": each["loc"][1:]} for each in error.errors()]).response(
+            request.scope["path"]
+        )
 
     async def answer_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -180,7 +197,7 @@ def install(app: FastAPI) -> None:
                 error.status_code, detail = 404, "Gale does not offer this URL"
             hint = f" ({instead})" if instead else ""
             error = HTTPException(error.status_code, f"{detail}: {url}{hint}", headers=error.headers)
-        return as_api_error(error).response()
+        return as_api_error(error).response(request.scope["path"])
 
     for kind in (ApiError, GaleError):
         app.add_exception_handler(kind, answer)

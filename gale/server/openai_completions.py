@@ -110,6 +110,13 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
     return router
 
 
+async def completed(engine: Engine, body: CompletionRequest) -> list[dict[str, Any]]:
+    """The choices of a request, as its answer would show them."""
+    answer = await _whole(engine, await asyncio.to_thread(_jobs, body, engine), {}, copies=body.n or 1)
+    choices: list[dict[str, Any]] = answer["choices"]
+    return choices
+
+
 def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
     """Every choice that is asked for, those of one prompt together. Raises :class:`ApiError` 400 or 404."""
     refuse_unsupported(body.model_extra or {}, _UNSUPPORTED)

@@ -54,7 +54,9 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
         responses = None if body.store is False else store.responses(actor_of(request))
         answering = _Answering(engine, asked, kept, responses)
         if body.stream:
-            return EventStream(_stream(answering), lifecycle, error_name="error", limits=limits)
+            return EventStream(
+                _stream(answering), lifecycle, error_name="error", error_body=_error_event, limits=limits
+            )
         if body.background and responses is not None:
             await responses.save(kept)
             running[kept.id] = task = asyncio.create_task(answering.to_end())
@@ -67,7 +69,7 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
     async def count(request: Request) -> dict[str, Any]:
         body = await read_json(request, ResponseRequest)
         asked, _ = await _asked(engine, store, request, body)
-        tokens = await asyncio.to_thread(engine.count_prompt_tokens, asked.messages)
+        tokens = await asyncio.to_thread(engine.count_prompt_tokens, asked.messages, asked.tools)
         return {"object": "response.input_tokens", "input_tokens": tokens}
 
     @router.get("/{response_id}")
@@ -230,6 +232,11 @@ async def _stream(answering: _Answering) -> AsyncGenerator[ServerSentEvent, None
             yield ServerSentEvent(to_json(numbered), event["type"])
     finally:
         await events.aclose()
+
+
+def _error_event(error: ApiError) -> dict[str, Any]:
+    told = error.body["error"]
+    return {"type": "error", "code": told["code"], "message": told["message"], "param": told["param"]}
 
 
 async def _keep_tidy(store: Store, running: dict[str, asyncio.Task[None]]) -> None:

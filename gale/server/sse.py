@@ -58,16 +58,13 @@ class _End:
         self.failure = failure
 
 
-def _json_event(name: str | None) -> Callable[[ApiError], ServerSentEvent]:
-    return lambda error: ServerSentEvent(to_json(error.body), name)
-
-
 class EventStream(Response):
     """A response that streams ``events``.
 
     What the iterator raises before its first event becomes an ordinary error response with its own status. What it
-    raises later becomes a last event, named ``error_name``. A first event that takes longer than the keep-alive
-    time (a long prompt) starts the stream without it. The iterator is closed in every case before this returns.
+    raises later becomes a last event, named ``error_name``, with ``error_body`` as its data. A first event that takes
+    longer than the keep-alive time (a long prompt) starts the stream without it. The iterator is closed in every case
+    before this returns.
     """
 
     def __init__(
@@ -76,6 +73,7 @@ class EventStream(Response):
         lifecycle: Lifecycle,
         *,
         error_name: str | None = None,
+        error_body: Callable[[ApiError], dict[str, Any]] = lambda error: error.body,
         limits: StreamLimits | None = None,
     ) -> None:
         # Proxies such as nginx would otherwise collect the answer and deliver it in one piece.
@@ -84,7 +82,8 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events = events
         self._lifecycle = lifecycle
-        self._error_event = _json_event(error_name)
+        self._error_name = error_name
+        self._error_body = error_body
         self._limits = limits or StreamLimits()
         self._queue: asyncio.Queue[ServerSentEvent | _End] = asyncio.Queue(self._limits.queue_events)
         self._stopping = False
@@ -163,7 +162,7 @@ class EventStream(Response):
             error = as_api_error(item.failure)
             if error.status == 500:
                 log.error("stream failed", exc_info=item.failure)
-            chunks.append(self._error_event(error).encode())
+            chunks.append(ServerSentEvent(to_json(self._error_body(error)), self._error_name).encode())
         return chunks, item
 
     async def _send(self, send: Send, chunk: bytes, *, start: bool, more: bool = True) -> None:

@@ -1,183 +1,178 @@
-"""Opening, migrating and refusing databases."""
+"""What both databases promise: reading, writing, refusing, closing."""
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
-import os
-import sqlite3
-import stat
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
-from sqlalchemy import create_engine
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from gale.core.errors import GaleError, StoreError
-from gale.platform.access import LOCAL_OWNER
 from gale.platform.database import Database
-from gale.platform.store import Store
-from gale.platform.tables import metadata
+from tests.databases import execute
+from tests.platform.rows import count, increment, insert, number, run
 
 
-def url(path: Path) -> str:
-    return f"sqlite:///{path}"
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    opened = Database.open(database_url)
+    yield opened
+    opened.close()
 
 
-def test_an_empty_place_becomes_a_migrated_private_database(tmp_path: Path) -> None:
-    path = tmp_path / "new folder % é" / "gale.db"
-    Store.open(url(path)).close()
-    Store.open(url(path)).close()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with create_engine(url(path)).connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+def test_what_is_written_is_read_in_any_event_loop(database: Database, database_url: str) -> None:
+    run(database.write(insert))
+    assert run(database.read(count)) == 1
+    assert execute(database_url, "SELECT id FROM conversations") == [("conv_1",)]
 
 
-def test_connection_settings(tmp_path: Path) -> None:
-    import asyncio
-
-    database = Database.open(url(tmp_path / "gale.db"))
-    names = ("journal_mode", "foreign_keys", "synchronous", "busy_timeout")
-
-    async def settings() -> list[object]:
-        return await database.read(lambda c: [c.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names])
-
-    assert asyncio.run(settings()) == ["wal", 1, 1, 5000]
-    database.close()
-    database.close()
-
-
-def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
-    import asyncio
-
-    from sqlalchemy import Connection
-
-    store = Store.open(url(tmp_path / "gale.db"))
-
+def test_a_failed_write_changes_nothing(database: Database) -> None:
     def work(connection: Connection) -> None:
-        connection.exec_driver_sql(
-            "INSERT INTO conversations (id, title, created_at, updated_at) VALUES ('conv_1', '', 1, 1)"
-        )
+        insert(connection)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(store.database.write(work))
-    assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
-    store.close()
+        run(database.write(work))
+    assert run(database.read(count)) == 0
 
 
-def test_a_newer_database_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "gale.db"
-    Store.open(url(path)).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match="newer Gale"):
-        Store.open(url(path))
-    assert path.read_bytes() == before
+def test_reading_cannot_write(database: Database) -> None:
+    with pytest.raises((StoreError, DBAPIError)):
+        run(database.read(insert))
+    assert run(database.read(count)) == 0
+    run(database.write(insert, durable=True))
+    assert run(database.read(count)) == 1
 
 
-def test_another_program_s_database_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "other.db"
-    with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE theirs (a)")
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match="another program"):
-        Store.open(url(path))
-    assert path.read_bytes() == before
+def test_a_broken_constraint_and_a_wrong_statement_are_not_taken_for_a_broken_database(database: Database) -> None:
+    run(database.write(insert))
+    with pytest.raises(IntegrityError):
+        run(database.write(insert))
+    with pytest.raises(DBAPIError):
+        run(database.write(lambda connection: connection.execute(text("SELEC 1"))))
 
 
-def test_what_is_not_a_database_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("These are notes, and no database. " * 100)
-    with pytest.raises(StoreError, match="not a database") as caught:
-        Store.open(url(path))
-    assert caught.value.hint
-    assert path.read_text().startswith("These are notes")
+def test_one_transaction_goes_on_after_a_broken_constraint_inside_a_savepoint(database: Database) -> None:
+    def work(connection: Connection) -> int:
+        insert(connection)
+        with pytest.raises(IntegrityError), connection.begin_nested():
+            insert(connection)
+        insert(connection, "conv_2")
+        return count(connection)
+
+    assert run(database.write(work)) == 2
+    assert run(database.read(count)) == 2
 
 
-def test_places_where_no_database_can_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path, tmp_path / "file" / "gale.db", Path("/proc/gale.db"), tmp_path / ("x" * 300)):
-        with pytest.raises(StoreError) as caught:
-            Store.open(url(place))
-        assert caught.value.hint
+def test_foreign_keys_are_enforced(database: Database) -> None:
+    statement = (
+        "INSERT INTO messages (id, conversation_id, role, content, status, created_at) VALUES ('m', 'x', '', '', '', 0)"
+    )
+    with pytest.raises(IntegrityError):
+        run(database.write(lambda connection: connection.execute(text(statement))))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
-def test_a_read_only_file(tmp_path: Path) -> None:
-    path = tmp_path / "gale.db"
-    Store.open(url(path)).close()
-    path.chmod(0o400)
-    with pytest.raises(StoreError):
-        Store.open(url(path))
+def test_a_reader_sees_one_state_from_begin_to_end(database: Database, database_url: str) -> None:
+    run(database.write(insert))
+
+    def work(connection: Connection) -> tuple[int, int]:
+        before = count(connection)
+        statement = "INSERT INTO conversations (id, title, created_at, updated_at) VALUES ('c', '', 0, 0)"
+        with ThreadPoolExecutor() as pool:  # by another connection
+            pool.submit(execute, database_url, statement).result()
+        return before, count(connection)
+
+    assert run(database.read(work)) == (1, 1)
+    assert run(database.read(count)) == 2
+
+
+def test_a_hundred_writers_of_one_row_lose_nothing(database: Database) -> None:
+    run(database.write(insert))
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(database.write(increment) for _ in range(100)))
+
+    run(all_at_once())
+    assert run(database.read(number)) == 100
+
+
+def _increment_often(url: str) -> None:
+    database = Database.open(url)
+
+    async def often() -> None:
+        await asyncio.gather(*(database.write(increment) for _ in range(25)))
+
+    asyncio.run(often())
+    database.close()
+
+
+def test_processes_that_write_one_row_lose_nothing(database_url: str) -> None:
+    execute(database_url, "INSERT INTO conversations (id, title, created_at, updated_at) VALUES ('c', '', 0, 0)")
+    processes = [
+        multiprocessing.get_context("fork").Process(target=_increment_often, args=(database_url,)) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert execute(database_url, "SELECT created_at FROM conversations") == [(100,)]
+
+
+def test_closing_waits_for_what_was_handed_over_even_by_a_cancelled_caller(
+    database: Database, database_url: str
+) -> None:
+    async def cancelled() -> None:
+        task = asyncio.create_task(database.write(insert))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(cancelled())
+    database.close()
+    assert execute(database_url, "SELECT count(*) FROM conversations") == [(1,)]
+    database.close()
+    with pytest.raises(StoreError, match="closed"):
+        run(database.read(count))
+
+
+def test_text_of_every_kind_comes_back_as_it_was(database: Database) -> None:
+    words = "中文 é 🎉 ' \" \\ % :x $1 {} \n\t"
+
+    def work(connection: Connection) -> object:
+        insert(connection, words)
+        return connection.execute(text("SELECT id FROM conversations")).scalar_one()
+
+    assert run(database.write(work)) == words
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "gale.db", "/tmp/gale.db", "postgresql://u:geheim@h/d", "sqlite:///a?mode=ro", "sqlite://host/a"]
+    "bad",
+    [
+        "",
+        "gale.db",
+        "/tmp/gale.db",
+        "mysql://u:geheim@h/d",
+        "postgresql+psycopg://u:geheim@h/d",
+        "sqlite:///a?mode=ro",
+        "sqlite://host/a",
+        "postgresql://u:geheim@h",
+        "postgresql://u:geheim@h/d?schema=x",
+        "postgresql://u:geheim@h/d?sslmode=maybe",
+    ],
 )
 def test_addresses_that_are_not_understood(bad: str) -> None:
     with pytest.raises(StoreError) as caught:
-        Store.open(bad)
-    assert "sqlite:///" in str(caught.value.hint)
+        Database.open(bad)
+    assert caught.value.hint
     assert "geheim" not in caught.value.message
 
 
 def test_a_home_of_nobody_is_a_message() -> None:
     with pytest.raises(GaleError, match="~nobody-at-all"):
-        Store.open("sqlite:///~nobody-at-all/gale.db")
-
-
-def _open_and_report(path: Path, results: multiprocessing.Queue[str]) -> None:
-    try:
-        Store.open(url(path)).close()
-        results.put("ok")
-    except Exception as error:
-        results.put(repr(error))
-
-
-def test_many_processes_at_once_migrate_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    results: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_open_and_report, args=(tmp_path / "gale.db", results)) for _ in range(8)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=60) for _ in processes] == ["ok"] * 8
-    for process in processes:
-        process.join()
-    with sqlite3.connect(tmp_path / "gale.db") as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0005",)]
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-
-def test_a_migration_cut_short_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gale.platform import database
-
-    def fail(connection: object) -> None:
-        database_migrate(connection)  # type: ignore[arg-type]
-        raise RuntimeError("power cut")
-
-    database_migrate = database.migrate
-    monkeypatch.setattr(database, "migrate", fail)
-    with pytest.raises(RuntimeError):
-        Store.open(url(tmp_path / "gale.db"))
-    monkeypatch.undo()
-    with sqlite3.connect(tmp_path / "gale.db") as connection:
-        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == []
-    Store.open(url(tmp_path / "gale.db")).close()
-
-
-def test_a_locked_database_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import asyncio
-
-    monkeypatch.setattr("gale.platform.database.BUSY_TIMEOUT_S", 0.1)
-    store = Store.open(url(tmp_path / "gale.db"))
-    other = sqlite3.connect(tmp_path / "gale.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StoreError, match="locked"):
-        asyncio.run(store.conversations(LOCAL_OWNER).create())
-    assert asyncio.run(store.conversations(LOCAL_OWNER).page()).conversations == []
-    other.execute("ROLLBACK")
-    asyncio.run(store.conversations(LOCAL_OWNER).create())
-    other.close()
-    store.close()
+        Database.open("sqlite:///~nobody-at-all/gale.db")

@@ -33,7 +33,7 @@ class ScriptedEngine:
         self.prompts: list[list[Message]] = []
         self.sampling: list[SamplingParams] = []
 
-    def count_prompt_tokens(self, messages: list[Message]) -> int:
+    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
         return sum(len(message["content"].split()) + 1 for message in messages)
 
     async def chat(

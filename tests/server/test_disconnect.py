@@ -128,7 +128,7 @@ def test_a_connection_that_takes_nothing_is_cut(live: Live, monkeypatch: pytest.
 def test_a_store_that_cannot_be_written_is_a_503(
     launch: Callable[..., Live], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gale.platform.database.BUSY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("gale.platform.sqlite.BUSY_TIMEOUT_S", 0.1)
     own = Store.open(f"sqlite:///{tmp_path / 'gale.db'}")
     live = launch(store=own)
     with contextlib.closing(sqlite3.connect(tmp_path / "gale.db", isolation_level=None)) as other:

@@ -9,6 +9,8 @@ import pytest
 from gale import __version__
 from tests.server.live import Live
 
+pytestmark = pytest.mark.both_databases
+
 
 def new(live: Live) -> str:
     response = live.http.post("/api/conversations", json={})
