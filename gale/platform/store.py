@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from gale.core.settings import settings
 from gale.platform.access import Actor
 from gale.platform.conversations import Conversations
 from gale.platform.database import Database
+from gale.platform.file_folder import ABANDONED_S, FileFolder
+from gale.platform.files import FileLimits, Files, sweep
+from gale.platform.idempotency import Idempotency
 from gale.platform.jobs import Jobs
 from gale.platform.responses import ItemConversations, Responses
+from gale.platform.uploads import Uploads
 
 
 class Store:
     """The open store. Close it when the service ends."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, folder: FileFolder, file_limits: FileLimits) -> None:
         self.database = database
         self.jobs = Jobs(database)
+        self.idempotency = Idempotency(database)
+        self.file_folder = folder
+        self.file_limits = file_limits
 
     def conversations(self, actor: Actor) -> Conversations:
         """The chat page's conversations of ``actor``."""
@@ -28,10 +38,27 @@ class Store:
         """The Responses API's conversations of ``actor``'s project."""
         return ItemConversations(self.database, actor)
 
+    def files(self, actor: Actor) -> Files:
+        """The files of ``actor``'s project."""
+        return Files(self.database, self.file_folder, self.file_limits, actor)
+
+    def uploads(self, actor: Actor) -> Uploads:
+        """The uploads of ``actor``'s project."""
+        return Uploads(self.database, self.file_folder, self.file_limits, actor)
+
+    async def sweep(self, abandoned_s: float = ABANDONED_S) -> None:
+        """Remove what is over: files and kept answers, and what killed processes left of files."""
+        await sweep(self.database, self.file_folder, abandoned_s)
+        await self.idempotency.sweep()
+
     @classmethod
-    def open(cls, url: str, *, exclusive: bool = False) -> Store:
-        """Open and migrate the database at ``url`` as :meth:`Database.open` does. Blocks. Raises ``StoreError``."""
-        return cls(Database.open(url, exclusive=exclusive))
+    def open(
+        cls, url: str, *, exclusive: bool = False, files: Path | None = None, file_limits: FileLimits | None = None
+    ) -> Store:
+        """Open and migrate the database at ``url`` as :meth:`Database.open` does, with the bytes of files in the folder
+        ``files`` (one in GALE_HOME if not given). Blocks. Raises ``StoreError``."""
+        folder = FileFolder(files or settings().files)
+        return cls(Database.open(url, exclusive=exclusive), folder, file_limits or FileLimits())
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""

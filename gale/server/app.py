@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -22,8 +23,10 @@ from gale.server import (
     openai_completions,
     openai_conversations,
     openai_embeddings,
+    openai_files,
     openai_models,
     openai_responses,
+    openai_uploads,
     page_conversations,
     page_turns,
     rerank,
@@ -32,6 +35,8 @@ from gale.server import (
 )
 from gale.server.caller import Identify
 from gale.server.edge import Edge, EdgeLimits
+from gale.server.housekeeping import keep_house
+from gale.server.idempotent import Idempotent
 from gale.server.lifecycle import Lifecycle
 from gale.server.local_guard import LocalGuard
 from gale.server.sse import StreamLimits
@@ -68,6 +73,8 @@ def create_app(
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
     app.include_router(openai_conversations.routes(store))
+    app.include_router(openai_files.routes(store))
+    app.include_router(openai_uploads.routes(store))
     app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
     app.include_router(tokenize.routes(engine))
     if isinstance(engine, Reader):
@@ -76,7 +83,9 @@ def create_app(
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)
+    lifecycle.background.append(partial(keep_house, store))
     # The one added last is the outermost.
+    app.add_middleware(Idempotent, kept=store.idempotency)
     app.add_middleware(Identify)
     app.add_middleware(LocalGuard)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())

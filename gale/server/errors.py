@@ -24,7 +24,14 @@ from gale.engine.request import (
     UnknownAdapterError,
 )
 from gale.platform.access import NotAllowedError
-from gale.platform.errors import ConflictError, CursorError, NotFoundError
+from gale.platform.errors import (
+    ConflictError,
+    CursorError,
+    FileTooLargeError,
+    NoSpaceError,
+    NotFoundError,
+    StorageQuotaError,
+)
 from gale.server.not_offered import instead_of
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
@@ -101,11 +108,17 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(403, error.message, code="permission_denied", type="permission_error")
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
-        case CursorError():
-            return ApiError(400, error.message, code="invalid_value", param=error.param)
         case ConflictError():
             # OpenAI's clients ask again after a 409, which would meet the same state.
             return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
+        case CursorError():
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
+        case FileTooLargeError():
+            return ApiError(413, error.message, code="file_too_large", param="file")
+        case StorageQuotaError():
+            return ApiError(413, error.message, code="storage_quota_exceeded", param="file")
+        case NoSpaceError():
+            return ApiError(507, error.message, code="no_space", headers={"x-should-retry": "false"})
         case StoreError():
             return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
         case GaleError():
