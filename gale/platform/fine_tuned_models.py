@@ -136,9 +136,7 @@ class FineTunedModels:
 
     def _read(self, connection: Connection) -> list[FineTuned]:
         """The models of this base by all jobs that have ended."""
-        query = select(_TABLE.c["id", "project_id", "payload", "result", "updated_at"]).where(
-            _TABLE.c.kind == KIND, _TABLE.c.state.in_(sorted(FINAL_STATES))
-        )
+        query = select(_TABLE).where(_TABLE.c.kind == KIND, _TABLE.c.state.in_(sorted(FINAL_STATES)))
         return [
             FineTuned(
                 each["name"], row.id, row.project_id, job_folder(self._home, row.id) / each["folder"], row.updated_at

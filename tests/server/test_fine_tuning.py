@@ -50,23 +50,27 @@ GRADER = {
 }
 
 
+def reinforcement(knobs: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters": knobs}}
+
+
 @pytest.fixture(scope="module")
 def base(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_folder(tokenizer, tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
-def store(gale_home: Path) -> Iterator[Store]:
+def own_store(gale_home: Path) -> Iterator[Store]:
     opened = Store.open(f"sqlite:///{gale_home / 'gale.db'}")
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def server(store: Store, base: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
+def server(own_store: Store, base: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
     monkeypatch.setattr(tuning_supervisor, "LEASE_S", 4.0)
     engine = LocalEngine(load_model(base, dtype=torch.float32), tokenizer, model_id="tiny", folder=base)
-    live = start(store, engine=engine)
+    live = start(own_store, engine=engine)
     yield live
     live.stop()
     asyncio.run(engine.close())
@@ -127,7 +131,7 @@ def run_log(home: Path, job_id: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_uploaded_rows_become_a_served_model(client: OpenAI, gale_home: Path, store: Store) -> None:
+def test_uploaded_rows_become_a_served_model(client: OpenAI, gale_home: Path) -> None:
     job = create(
         client,
         suffix="sea-1",
@@ -182,12 +186,12 @@ def test_uploaded_rows_become_a_served_model(client: OpenAI, gale_home: Path, st
 
 @pytest.mark.slow
 def test_a_restarted_server_serves_what_was_made_before(
-    client: OpenAI, server: Live, store: Store, base: Path, tokenizer: Tokenizer
+    client: OpenAI, server: Live, own_store: Store, base: Path, tokenizer: Tokenizer
 ) -> None:
     name = wait(client, create(client).id, ended).fine_tuned_model
     server.stop()
     engine = LocalEngine(load_model(base, dtype=torch.float32), tokenizer, model_id="tiny", folder=base)
-    second = start(store, engine=engine)
+    second = start(own_store, engine=engine)
     try:
         deadline = time.monotonic() + 20
         while name not in [model.id for model in client_of(second.url).models.list()]:
@@ -386,10 +390,10 @@ def test_an_engine_without_adapters_says_that_it_cannot_be_trained(live: Live) -
     assert caught.value.param == "model"
 
 
-def test_jobs_and_models_of_another_project_do_not_exist(client: OpenAI, store: Store) -> None:
+def test_jobs_and_models_of_another_project_do_not_exist(client: OpenAI, own_store: Store) -> None:
     job = create(client, knobs=LONG)
     stranger = replace(LOCAL_OWNER, project_id="proj_other")
-    theirs = FineTuning(store.jobs, store.files(stranger), stranger)
+    theirs = FineTuning(own_store.jobs, own_store.files(stranger), stranger)
 
     async def ask() -> None:
         assert (await theirs.page(limit=10, after=None)).items == []
@@ -400,7 +404,7 @@ def test_jobs_and_models_of_another_project_do_not_exist(client: OpenAI, store: 
             await theirs.events(job.id, limit=10, after=None)
         reader = replace(LOCAL_OWNER, role="reader")
         with pytest.raises(NotAllowedError):
-            await FineTuning(store.jobs, store.files(reader), reader).cancel(job.id)
+            await FineTuning(own_store.jobs, own_store.files(reader), reader).cancel(job.id)
 
     asyncio.run(ask())
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
