@@ -33,7 +33,7 @@ CHAT = {"model": "scripted/one", "messages": [{"role": "user", "content": "one t
 @pytest.fixture(scope="module")
 def keyed_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("keyed")
-    store = Store(Database.open(f"sqlite:///{folder / 'gale.db'}"), Secret(b"k" * 32))
+    store = Store(Database.open(f"sqlite:///{folder / 'gale.db'}"), secret=Secret(b"k" * 32))
     yield store
     store.close()
 
@@ -234,7 +234,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> None:
-    store = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), Secret(b"k" * 32))
+    store = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), secret=Secret(b"k" * 32))
     key = new_key(store)[1]
     server = start(store)
     try:
@@ -251,7 +251,7 @@ def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> N
     finally:
         server.stop()
         store.close()
-    fresh = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), Secret(b"k" * 32))
+    fresh = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), secret=Secret(b"k" * 32))
     fresh.database.read = away  # type: ignore[method-assign,assignment]
     server = start(fresh)
     try:
