@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from gale import __version__
 from gale.engine.request import Engine, Reader
@@ -15,6 +15,7 @@ from gale.server import (
     decisions,
     errors,
     health,
+    openai_batches,
     openai_chat,
     openai_completions,
     openai_conversations,
@@ -29,10 +30,13 @@ from gale.server import (
     static_page,
     tokenize,
 )
+from gale.server.batch_engine import patient
+from gale.server.batch_worker import BatchWorker
 from gale.server.caller import Identify
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.housekeeping import keep_house
 from gale.server.idempotent import Idempotent
+from gale.server.in_process import InProcess
 from gale.server.lifecycle import Lifecycle
 from gale.server.local_guard import LocalGuard
 from gale.server.sse import StreamLimits
@@ -62,25 +66,37 @@ def create_app(
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
+    for router in _answering(engine, store, lifecycle, stream_limits):
+        app.include_router(router)
     app.include_router(openai_models.routes(engine))
-    app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
-    app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
-    app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
     app.include_router(openai_conversations.routes(store))
     app.include_router(openai_files.routes(store))
     app.include_router(openai_uploads.routes(store))
-    app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
+    batched = _answering(patient(engine), store, lifecycle, stream_limits)
+    endpoints, paths = openai_batches.endpoints_app(batched)
+    worker = BatchWorker(store, InProcess(endpoints))
+    app.include_router(openai_batches.routes(store, worker, paths))
     app.include_router(tokenize.routes(engine))
-    if isinstance(engine, Reader):
-        for kind in (openai_embeddings, rerank, decisions):
-            app.include_router(kind.routes(engine, lifecycle))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     static_page.install(app, static)
-    lifecycle.background.append(partial(keep_house, store))
+    lifecycle.background += [worker.run, partial(keep_house, store)]
     # The one added last is the outermost.
     app.add_middleware(Idempotent, kept=store.idempotency)
     app.add_middleware(Identify)
     app.add_middleware(LocalGuard)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
     return app
+
+
+def _answering(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLimits) -> list[APIRouter]:
+    """The routes that ask the model."""
+    routers = [
+        openai_chat.routes(engine, lifecycle, limits),
+        openai_completions.routes(engine, lifecycle, limits),
+        openai_responses.routes(engine, store, lifecycle, limits),
+        anthropic_messages.routes(engine, lifecycle, limits),
+    ]
+    if isinstance(engine, Reader):
+        routers += [kind.routes(engine, lifecycle) for kind in (openai_embeddings, rerank, decisions)]
+    return routers
