@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from gale import __version__
 from gale.assistant.moderation import Moderator
@@ -20,6 +20,7 @@ from gale.server import (
     errors,
     fine_tuning,
     health,
+    openai_batches,
     openai_chat,
     openai_completions,
     openai_conversations,
@@ -36,11 +37,14 @@ from gale.server import (
     static_page,
     tokenize,
 )
+from gale.server.batch_engine import patient
+from gale.server.batch_worker import BatchWorker
 from gale.server.caller import Identify
 from gale.server.cors import Cors
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.housekeeping import keep_house
 from gale.server.idempotent import Idempotent
+from gale.server.in_process import InProcess
 from gale.server.lifecycle import Lifecycle
 from gale.server.metered import Metered
 from gale.server.origins import Origins
@@ -76,24 +80,24 @@ def create_app(
     app.include_router(health.routes(lifecycle))
     models, supervisor = _tuning(engine, store, lifecycle)
     app.include_router(fine_tuning.routes(engine, store, models, supervisor))
+    moderator = Moderator()
+    for router in _answering(engine, store, moderator, lifecycle, stream_limits):
+        app.include_router(router)
     app.include_router(openai_models.routes(engine))
-    app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
-    app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
-    app.include_router(openai_moderations.routes(Moderator(), lifecycle))
-    app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
     app.include_router(openai_conversations.routes(store))
     app.include_router(openai_files.routes(store))
     app.include_router(openai_uploads.routes(store))
-    app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
+    endpoints, paths = openai_batches.endpoints_app(
+        _answering(patient(engine), store, moderator, lifecycle, stream_limits)
+    )
+    worker = BatchWorker(store, InProcess(Metered(endpoints, store.metering)))
+    app.include_router(openai_batches.routes(store, worker, paths))
     app.include_router(tokenize.routes(engine))
-    if isinstance(engine, Reader):
-        for kind in (openai_embeddings, rerank, decisions):
-            app.include_router(kind.routes(engine, lifecycle))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     app.include_router(page_sign_in.routes(store, identities, origins))
     page_files = static_page.install(app, static)
-    lifecycle.background += [identities.keep_last_use, partial(keep_house, store)]
+    lifecycle.background += [identities.keep_last_use, worker.run, partial(keep_house, store)]
     # The one added last is the outermost.
     app.add_middleware(Metered, metering=store.metering)
     app.add_middleware(Idempotent, kept=store.idempotency)
@@ -114,3 +118,19 @@ def _tuning(
     supervisor = TuningSupervisor(store.database, store.jobs, models, home, store.file_folder.path)
     lifecycle.background.append(supervisor.run)
     return models, supervisor
+
+
+def _answering(
+    engine: Engine, store: Store, moderator: Moderator, lifecycle: Lifecycle, limits: StreamLimits
+) -> list[APIRouter]:
+    """The routes that ask a model."""
+    routers = [
+        openai_moderations.routes(moderator, lifecycle),
+        openai_chat.routes(engine, lifecycle, limits),
+        openai_completions.routes(engine, lifecycle, limits),
+        openai_responses.routes(engine, store, lifecycle, limits),
+        anthropic_messages.routes(engine, lifecycle, limits),
+    ]
+    if isinstance(engine, Reader):
+        routers += [kind.routes(engine, lifecycle) for kind in (openai_embeddings, rerank, decisions)]
+    return routers

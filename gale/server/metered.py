@@ -50,7 +50,10 @@ class Metered:
 def engine_for(request: Request, actor: Actor, engine: AnyEngine) -> AnyEngine:
     """``engine`` as ``actor`` may use it for ``request``."""
     metering: Metering = request.state.metering
-    metered = metering.engine(actor, engine, request_id=getattr(request.state, "request_id", None))
+    state = request.state
+    metered = metering.engine(
+        actor, engine, batch=bool(getattr(state, "batch", None)), request_id=getattr(state, "request_id", None)
+    )
     if isinstance(metered, MeteredEngine):
         request.state.admission = metered.admission
     return metered
