@@ -67,8 +67,10 @@ class PostgresqlServer:
 
     def remove(self) -> None:
         """Stop it for good."""
-        self.stop()
-        shutil.rmtree(self.home)
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self.home)
 
     def url(self, name: str = "postgres") -> str:
         """The address of one of its databases."""

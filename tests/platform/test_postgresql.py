@@ -159,6 +159,20 @@ def test_a_busy_pool_is_a_message_in_bounded_time_and_recovers(url: str, monkeyp
     database.close()
 
 
+def test_writes_behind_one_that_takes_too_long_are_told_so(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUEUE_TIMEOUT_S", 0.3)
+
+    async def both() -> None:
+        long = asyncio.create_task(database.write(lambda connection: connection.execute(SLEEP).scalar()))
+        await asyncio.sleep(0.1)
+        with pytest.raises(StoreError, match="more to do"):
+            await database.write(insert)
+        await long
+        await database.write(insert)
+
+    run(both())
+
+
 def test_no_session_stays_in_a_transaction(database: Database, url: str) -> None:
     async def several() -> None:
         await asyncio.gather(*(database.read(count) for _ in range(20)), database.write(insert))
