@@ -15,14 +15,14 @@ import torch
 
 from gale.core.device import choose_compute
 from gale.core.errors import ModelError
-from gale.core.model_folder import model_name, read_json
+from gale.core.model_folder import model_name
 from gale.engine.adapters import Adapter, BatchAdapters
 from gale.engine.batcher import Batcher
 from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.options import EngineOptions
 from gale.engine.pace import Pace
-from gale.engine.prompts import Prompts
+from gale.engine.prompts import Prompts, end_tokens
 from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
 from gale.engine.reply import Reply
 from gale.engine.request import (
@@ -164,16 +164,8 @@ class LocalEngine:
             raise ModelError(f"An adapter cannot be called {name!r}.", hint="Give it a name of its own.")
         base = self._folder if self._folder is not None and self._folder.is_dir() else None
         layers = read_adapter_layers(folder, self._model, base=base, most_rank=MOST_ADAPTER_RANK)
-        template, ends = None, self._end_tokens
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.load(folder)
-            theirs = tokenizer.vocabulary
-            if any(theirs.get(token) != number for token, number in self._tokenizer.vocabulary.items()):
-                raise ModelError(f"The adapter {folder} was made with another tokenizer than the model's.")
-            ends |= end_tokens(folder, tokenizer)
-            if tokenizer.chat_template is not None:
-                template = ChatTemplate(tokenizer.chat_template, self._tokenizer)
-        self._adapters.add(Adapter(name, layers, template, ends))
+        template, ends = self._prompts.of_adapter(folder)
+        self._adapters.add(Adapter(name, layers, template, self._end_tokens | ends))
 
     def unload_adapter(self, name: str) -> None:
         """Take no more requests for an adapter; its memory is freed when the last one that runs has ended.
@@ -393,14 +385,3 @@ class LocalEngine:
                 # First the waiting, then the log: should even that fail, nobody waits for ever.
                 batcher.abandon(EngineFailedError("The engine failed while answering; the request was not finished."))
                 log.exception("engine_step_failed", error=str(error))
-
-
-def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end an answer: what ``generation_config.json``, ``config.json`` and the tokenizer name."""
-    ids: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        value = read_json(folder / name).get("eos_token_id")
-        ids.update(token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
-    if tokenizer.eos_token is not None and (token := tokenizer.token_id(tokenizer.eos_token)) is not None:
-        ids.add(token)
-    return frozenset(ids)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from gale.core.errors import GaleError
@@ -30,10 +29,6 @@ class ContextLengthError(GaleError):
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
         self.at_least = at_least
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """It travels between processes, which needs to know how to make it again."""
-        return partial(type(self), at_least=self.at_least), (self.prompt_tokens, self.context_length)
 
 
 class PromptError(GaleError):

@@ -14,11 +14,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from gale.engine.request import ContextLengthError, PromptError, Reader
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, invalid, too_long
+from gale.server.field_checks import Parameters
 from gale.server.json_body import read_json, request_schema
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_completion_schema import prompt_list
@@ -33,10 +34,8 @@ MOST_LABEL_CHARACTERS = 256
 Label = Annotated[str, Field(min_length=1, max_length=MOST_LABEL_CHARACTERS)]
 
 
-class DecisionRequest(BaseModel):
+class DecisionRequest(Parameters):
     """The request: one of ``messages`` and ``prompt``, and the labels."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None

@@ -149,6 +149,8 @@ def invalid_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             return ApiError(
                 400, f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param
             )
+        case "unsupported_parameter":
+            return ApiError(400, first["msg"], code="unsupported_parameter", param=param)
         case kind:
             code = "invalid_type" if kind.endswith("_type") else "invalid_value"
             reason = str(first["msg"]).removeprefix("Value error, ")

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from gale.engine.request import (
     Engine,
@@ -27,7 +27,7 @@ from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError
 from gale.server.json_body import read_json, request_schema
-from gale.server.json_text import to_json
+from gale.server.json_text import json_response, to_json
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_answer import Answer, delta_object, finish_reason
 from gale.server.openai_logprobs import chat_logprobs
@@ -48,7 +48,7 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
             chunks = _stream(engine, asked, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
         work = _whole(engine, asked)
-        return JSONResponse(await while_wanted(request.receive, lifecycle, work))
+        return await json_response(await while_wanted(request.receive, lifecycle, work))
 
     return router
 

@@ -6,16 +6,18 @@ Ours are ``method`` and ``prompt``, see :mod:`gale.assistant.rerank`.
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from gale.assistant.rerank import PROMPT, DocumentLengthError, Method, rerank
 from gale.engine.request import Reader
 from gale.server.disconnect import while_wanted
 from gale.server.errors import invalid, too_long
+from gale.server.field_checks import Parameters, Refused
 from gale.server.json_body import read_json, request_schema
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_embeddings import read_usage
@@ -31,10 +33,23 @@ def _documents(value: Any) -> Any:
     return [each.get("text") if isinstance(each, dict) else each for each in value]
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(Parameters):
     """The request."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    # Of vLLM, Jina, Cohere and Voyage.
+    unsupported: ClassVar[Refused] = {
+        "max_chunks_per_doc": (),
+        "max_doc_length": (),
+        "max_query_length": (),
+        "max_tokens_per_doc": (),
+        "rank_fields": (["text"],),
+        "return_embeddings": (False,),
+        "top_k": (),
+        "truncate": ("NONE",),
+        "truncate_prompt_tokens": (),
+        "truncation": (False,),
+    }
+    advice: ClassVar[Mapping[str, str]] = {"top_k": "Use 'top_n'."}
 
     model: str
     query: Annotated[str, Field(min_length=1)]
