@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from gale import __version__
+from gale.assistant.moderation import Moderator
 from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
@@ -19,17 +20,21 @@ from gale.server import (
     openai_conversations,
     openai_embeddings,
     openai_models,
+    openai_moderations,
     openai_responses,
     page_conversations,
+    page_sign_in,
     page_turns,
     rerank,
     static_page,
     tokenize,
 )
 from gale.server.caller import Identify
+from gale.server.cors import Cors
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.lifecycle import Lifecycle
-from gale.server.local_guard import LocalGuard
+from gale.server.metered import Metered
+from gale.server.origins import Origins
 from gale.server.sse import StreamLimits
 
 # Where `npm run build` puts the page; part of the wheel.
@@ -44,14 +49,17 @@ def create_app(
     lifecycle: Lifecycle | None = None,
     edge_limits: EdgeLimits | None = None,
     stream_limits: StreamLimits | None = None,
+    origins: Origins | None = None,
 ) -> FastAPI:
     """The ASGI application for one engine and one store, both of which the caller opens and closes.
 
-    For loopback addresses only: nothing here asks who the caller is (see :mod:`gale.server.local_guard`). A
-    ``lifecycle`` lets the caller drain the application before stopping it.
+    For loopback addresses only until ``store`` has accounts (see :mod:`gale.server.caller`). A ``lifecycle`` lets the
+    caller drain the application before stopping it; ``origins`` says which web pages may use it.
     """
+    origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
     stream_limits = stream_limits or StreamLimits()
+    lifecycle.background.append(store.metering.run)
     # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
     # whatever the Host header says.
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -60,6 +68,7 @@ def create_app(
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
+    app.include_router(openai_moderations.routes(Moderator(), lifecycle))
     app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
     app.include_router(openai_conversations.routes(store))
     app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
@@ -69,9 +78,12 @@ def create_app(
             app.include_router(kind.routes(engine, lifecycle))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
-    static_page.install(app, static)
+    app.include_router(page_sign_in.routes(store, identities, origins))
+    page_files = static_page.install(app, static)
+    lifecycle.background.append(identities.keep_last_use)
     # The one added last is the outermost.
-    app.add_middleware(Identify)
-    app.add_middleware(LocalGuard)
+    app.add_middleware(Metered, metering=store.metering)
+    app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
+    app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
     return app
