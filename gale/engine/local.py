@@ -45,7 +45,8 @@ from gale.engine.speculation import Drafter, DraftModel, NgramDrafter, Speculati
 from gale.model import kernels
 from gale.model.adapter_folder import read_adapter_layers
 from gale.model.checkpoint import load_model, load_tokenizer
-from gale.model.quantised import Weights, quantise, served_by_kernels
+from gale.model.native import served_by_kernels
+from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gale.model import kernels
 from gale.model.config import ModelConfig
 from gale.model.experts import AUXILIARY_LOSSES, MixtureOfExperts
+from gale.model.native import NativeLayers
 
 # The matrices that write into the residual stream.
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
@@ -161,6 +162,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, unit_offset=config.unit_offset_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False)
         self.mapped_bytes = 0  # of weights that are a file, which the system counts as free memory
+        self.native: NativeLayers | None = None  # all layers in one call
+        self.hooked = False  # whether hooks change what single layers compute now
         self.retie()
 
     def retie(self) -> None:
@@ -180,6 +183,10 @@ class Decoder(nn.Module):
         if config.embedding_scale != 1:  # a number of the weights' own format, as Gemma was trained with
             x_NC = x_NC * torch.tensor(config.embedding_scale, dtype=x_NC.dtype)
         tables = local = self.rotary(positions_N, x_NC.dtype)
+        if self.native is not None and not self.hooked and kernels.serve(x_NC):
+            batch = getattr(attend, "batch", None)  # attention over sequences' own caches has one
+            if batch is not None:
+                return self.native(x_NC, *tables, batch)
         if config.local_rope_theta is not None:
             local = self.rotary(positions_N, x_NC.dtype, local=True)
         for layer, block in enumerate(self.layers):

@@ -209,10 +209,10 @@ def test_without_a_compiler_one_line_says_so_and_torch_serves(tmp_path: Path) ->
     script = """
 import torch
 from gale.model import kernels
-from gale.model.quantised import PackedLinear, round_weight
+from gale.model.packed import PackedLinear, round_weight
 with torch.inference_mode():
     x = torch.randn(3, 64).bfloat16()
-    layer = PackedLinear(8, 5, *round_weight(8, torch.randn(5, 64)), None)
+    layer = PackedLinear(8, 64, 5, *round_weight(8, torch.randn(5, 64)), None)
     print(kernels.available(), kernels.serve(x), layer(x).shape)
 """
     for changes, said in (({"CXX": "/bin/false"}, 1), ({"GALE_KERNELS": "off"}, 0)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from typing import TypeAlias
 
 import structlog
 import torch
@@ -30,10 +31,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "gale_pack_bf16": (None, [_P, _I, _I, _P, _I]),
     "gale_packed_bytes": (ctypes.c_long, [_I, _I, _I]),
     "gale_pack": (None, [_I, _P, _I, _I, _P, _P, _I]),
-    "gale_linear": (None, [_I, _P, ctypes.c_bool, _I, _I, _P, _P, _P, _P, _I, _I]),
+    "gale_linear": (None, [_P, _P, ctypes.c_bool, _I, _P, _I]),
     "gale_norm": (None, [_P, _P, _F, _I, _I, _P, _I]),
     "gale_norm_rotate": (None, [_P, _P, _F, _P, _P, _I, _I, _I, _P, _I]),
     "gale_silu_gate": (None, [_P, _P, _I, _I, _P, _I]),
+    "gale_decode": (None, [_P, _P, _I, _P, _I, _P, _P, _P, _I]),
     "gale_attend": (None, [_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _F, _I]),
 }
 _PANEL = 64  # outputs that are packed together, see linear.cpp
@@ -120,6 +122,28 @@ def packed_sizes(bits: int, outputs: int, inputs: int) -> tuple[int, int]:
     return native.gale_packed_bytes(bits, outputs, inputs), -(-outputs // _PANEL) * _PANEL if bits == 8 else 0
 
 
+class Matrix(ctypes.Structure):
+    """Packed weights, as the kernels know them: addresses, so the tensors must outlive it."""
+
+    _fields_ = (
+        ("packed", _P),
+        ("scales", _P),
+        ("bias", _P),
+        ("bits", ctypes.c_int32),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(
+        cls, bits: int, packed: Tensor, scales_O: Tensor, bias_O: Tensor | None, inputs: int, outputs: int
+    ) -> Matrix:
+        """What :func:`pack` made, with a bias in fp32."""
+        bias = None if bias_O is None else bias_O.data_ptr()
+        return cls(packed.data_ptr(), scales_O.data_ptr(), bias, bits, inputs, outputs, 0)
+
+
 def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Tensor | None, outputs: int) -> Tensor:
     """``x_NC`` (bf16; or fp32, for rounded weights) times packed weights, plus a bias in fp32.
 
@@ -128,10 +152,9 @@ def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Te
     native = _required()
     x_NC = x_NC.contiguous()
     out_NO = torch.empty((len(x_NC), outputs), dtype=x_NC.dtype)
-    native.gale_linear(
-        bits, x_NC.data_ptr(), x_NC.dtype is torch.float32, *x_NC.shape, packed.data_ptr(), scales_O.data_ptr(),
-        None if bias_O is None else bias_O.data_ptr(), out_NO.data_ptr(), outputs, threads(),
-    )  # fmt: skip
+    matrix = Matrix.of(bits, packed, scales_O, bias_O, x_NC.shape[1], outputs)
+    wide = x_NC.dtype is torch.float32
+    native.gale_linear(ctypes.byref(matrix), x_NC.data_ptr(), wide, len(x_NC), out_NO.data_ptr(), threads())
     return out_NO
 
 
@@ -195,7 +218,10 @@ def can_attend() -> bool:
     return native is not None and bool(native.gale_can_attend())
 
 
-def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> ctypes.Array[CachedSequence]:
+Batch: TypeAlias = "ctypes.Array[CachedSequence]"
+
+
+def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> Batch:
     """A batch for :func:`attend`: of each sequence its keys and values [L, K, capacity, D], tokens held, new tokens."""
     row, items = 0, []
     for keys_LKTD, values_LKTD, length, count in caches:
@@ -207,7 +233,7 @@ def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> ctypes.Array
 
 
 def attend(
-    batch: ctypes.Array[CachedSequence], layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, window: int | None
+    batch: Batch, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, window: int | None
 ) -> Tensor:
     """Store the new keys and values, and attend causally to all that each sequence holds: [N, H, D] -> [N, H, D].
 
@@ -222,3 +248,13 @@ def attend(
         heads, k_NKD.shape[1], size, window or 0, size**-0.5, threads(),
     )  # fmt: skip
     return out_NHD
+
+
+def decode(decoder: ctypes.Structure, batch: Batch, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+    """All layers of a decoder, see :class:`gale.model.native.NativeLayers`; ``x_NC`` is written over."""
+    x_NC, out_NC = x_NC.contiguous(), torch.empty_like(x_NC)
+    _required().gale_decode(
+        ctypes.byref(decoder), batch, len(batch), x_NC.data_ptr(), len(x_NC), cos_ND.data_ptr(), sin_ND.data_ptr(),
+        out_NC.data_ptr(), threads(),
+    )  # fmt: skip
+    return out_NC

@@ -10,28 +10,13 @@
 #include <cmath>
 #include <vector>
 
+#include "layers.h"
 #include "pool.h"
-#include "rows.h"
 
 namespace gale {
 namespace {
 
 constexpr int kTask = 32, kQueries = 8, kKeys = 16;
-
-// A sequence of the batch: where its keys and values [layers, key heads, capacity, size] are, how many it holds, and
-// which rows of the batch are its new tokens.
-struct Sequence {
-  bf16 *keys, *values;
-  int64_t layer_stride, head_stride;
-  int32_t length, first_row, count, unused;
-};
-
-struct Layer {
-  const bf16 *q, *k, *v;
-  bf16* out;
-  int layer, heads, key_heads, size, window;  // window 0: none
-  float scale;
-};
 
 #if defined(__x86_64__)
 #define GALE_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
@@ -168,7 +153,7 @@ GALE_BF16 void mix(const float* weights, long stride, const bf16* values, int si
       _mm256_mask_storeu_epi16(out[q] + at + 16 * i, inside[i], (__m256i)_mm512_cvtneps_pbh(sums[q][i]));
 }
 
-void attend(const Layer& l, const Sequence& s, int key_head, int first, int count) {
+void attend_task(const Heads& l, const Sequence& s, int key_head, int first, int count) {
   using Dots = void (*)(const bf16* const*, const int32_t*, int, float, float*, long);
   using Mix = void (*)(const float*, long, const bf16*, int, int, bf16* const*, int);
   static constexpr Dots dots_of[] = {dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
@@ -219,13 +204,47 @@ void attend(const Layer& l, const Sequence& s, int key_head, int first, int coun
 #endif
 
 }  // namespace
+
+void attend(const Heads& l, const Sequence* sequences, int count, int threads) {
+#if defined(__x86_64__)
+  const int group = l.heads / l.key_heads;
+  thread_local std::vector<int> starts_memory;
+  std::vector<int>& starts = starts_memory;
+  starts.assign(1, 0);
+  long work = 0;
+  for (int i = 0; i < count; ++i) {
+    const Sequence& s = sequences[i];
+    starts.push_back(starts.back() + l.key_heads * ((s.count * group + kTask - 1) / kTask));
+    work += long(s.count) * (s.length + s.count) * l.heads * l.size;
+    for (int head = 0; head < l.key_heads; ++head) {
+      long at = l.layer * s.layer_stride + head * s.head_stride + long(s.length) * l.size;
+      for (int token = 0; token < s.count; ++token, at += l.size) {
+        long from = (long(s.first_row + token) * l.key_heads + head) * l.size;
+        std::memcpy(s.keys + at, l.k + from, l.size * sizeof(bf16));
+        std::memcpy(s.values + at, l.v + from, l.size * sizeof(bf16));
+      }
+    }
+  }
+  // Little work is done sooner than handed over.
+  Pool::run(starts.back(), work < 100000 ? 1 : threads, [&](int chunk) {
+    int i = int(std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin()) - 1;
+    const Sequence& s = sequences[i];
+    int tiles = (s.count * group + kTask - 1) / kTask, place = chunk - starts[i];
+    int first = place % tiles * kTask;
+    attend_task(l, s, place / tiles, first, std::min(kTask, s.count * group - first));
+  });
+#else
+  (void)l, (void)sequences, (void)count, (void)threads;
+#endif
+}
+
 }  // namespace gale
 
 using namespace gale;
 
 extern "C" {
 
-// Whether this processor has what gale_attend needs.
+// Whether this processor has what attending needs.
 int gale_can_attend() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -240,38 +259,7 @@ int gale_can_attend() {
 // out [rows, heads, size] of q, likewise. `size` is a multiple of 4. `window` 0 means that all is seen.
 void gale_attend(const Sequence* sequences, int count, int layer, const bf16* q, const bf16* k, const bf16* v, bf16* out,
                  int heads, int key_heads, int size, int window, float scale, int threads) {
-#if defined(__x86_64__)
-  const Layer l{q, k, v, out, layer, heads, key_heads, size, window, scale};
-  const int group = heads / key_heads;
-  thread_local std::vector<int> starts_memory;
-  std::vector<int>& starts = starts_memory;
-  starts.assign(1, 0);
-  long work = 0;
-  for (int i = 0; i < count; ++i) {
-    const Sequence& s = sequences[i];
-    starts.push_back(starts.back() + key_heads * ((s.count * group + kTask - 1) / kTask));
-    work += long(s.count) * (s.length + s.count) * heads * size;
-    for (int head = 0; head < key_heads; ++head) {
-      long at = layer * s.layer_stride + head * s.head_stride + long(s.length) * size;
-      for (int token = 0; token < s.count; ++token, at += size) {
-        long from = (long(s.first_row + token) * key_heads + head) * size;
-        std::memcpy(s.keys + at, k + from, size * sizeof(bf16));
-        std::memcpy(s.values + at, v + from, size * sizeof(bf16));
-      }
-    }
-  }
-  // Little work is done sooner than handed over.
-  Pool::run(starts.back(), work < 100000 ? 1 : threads, [&](int chunk) {
-    int i = int(std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin()) - 1;
-    const Sequence& s = sequences[i];
-    int tiles = (s.count * group + kTask - 1) / kTask, place = chunk - starts[i];
-    int first = place % tiles * kTask;
-    attend(l, s, place / tiles, first, std::min(kTask, s.count * group - first));
-  });
-#else
-  (void)sequences, (void)count, (void)layer, (void)q, (void)k, (void)v, (void)out, (void)heads, (void)key_heads;
-  (void)size, (void)window, (void)scale, (void)threads;
-#endif
+  attend(Heads{q, k, v, out, layer, heads, key_heads, size, window, scale}, sequences, count, threads);
 }
 
 }  // extern "C"

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers.h"
 #include "pool.h"
-#include "rows.h"
 
 namespace gale {
 namespace {
@@ -25,6 +25,8 @@ GALE_INLINE float exponential(float x) {
   std::memcpy(&power, &bits, 4);
   return p * power;
 }
+
+}  // namespace
 
 GALE_CLONES void norm(const bf16* x, const bf16* weight, float eps, int size, bf16* out) {
   float squares = 0;
@@ -49,16 +51,6 @@ GALE_CLONES void gate(const bf16* x, const bf16* up, int size, bf16* out) {
   }
 }
 
-// Rows [0, rows) in chunks that are worth handing to another thread.
-template <class Work>
-void over_rows(int rows, int size, int threads, const Work& work) {
-  int at_once = std::max(1, 16384 / std::max(1, size));
-  Pool::run((rows + at_once - 1) / at_once, threads, [&](int chunk) {
-    for (int row = chunk * at_once; row < std::min(rows, (chunk + 1) * at_once); ++row) work(row);
-  });
-}
-
-}  // namespace
 }  // namespace gale
 
 using namespace gale;
