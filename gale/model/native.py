@@ -7,6 +7,7 @@ microseconds of Python between two kernels, which for a small model are a third 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from gale.model.packed import PackedLinear
 if TYPE_CHECKING:
     from gale.model.transformer import Decoder
 
+_FIRST_POSITIONS = 1024
 _MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")
@@ -71,6 +73,7 @@ class NativeLayers:
             self._blocks, model.norm.weight.data_ptr(), config.norm_eps, config.head_dim**-0.5, config.layers,
             config.hidden_size, config.intermediate_size, config.heads, config.kv_heads, config.head_dim,
         )  # fmt: skip
+        self._tables = (torch.empty(0), torch.empty(0))
 
     @staticmethod
     def serve(model: Decoder) -> bool:
@@ -86,9 +89,17 @@ class NativeLayers:
             and config.rotary_dim == config.head_dim
         )
 
-    def __call__(self, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor, batch: kernels.Batch) -> Tensor:
-        """Final normalised hidden states [N, C] of embedded tokens ``x_NC``, which are written over."""
-        return kernels.decode(self._decoder, batch, x_NC, cos_ND, sin_ND)
+    def __call__(
+        self, x_NC: Tensor, positions_N: Tensor, batch: kernels.Batch, rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Final normalised hidden states [N, C] of embedded tokens ``x_NC``, which are written over.
+
+        ``rotary`` makes the tables of positions, which are kept as far as they were needed.
+        """
+        needed, there = int(positions_N.max()) + 1, len(self._tables[0])
+        if needed > there:
+            self._tables = rotary(torch.arange(max(needed, 2 * there, _FIRST_POSITIONS)))
+        return kernels.decode(self._decoder, batch, x_NC, positions_N, *self._tables)
 
 
 def served_by_kernels(model: Decoder) -> bool:

@@ -16,6 +16,7 @@ attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), QK-norm (Dehghani et al.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -182,11 +183,10 @@ class Decoder(nn.Module):
         x_NC = self.embed_tokens(ids_N)
         if config.embedding_scale != 1:  # a number of the weights' own format, as Gemma was trained with
             x_NC = x_NC * torch.tensor(config.embedding_scale, dtype=x_NC.dtype)
+        batch = getattr(attend, "batch", None)  # attention over sequences' own caches has one
+        if self.native is not None and not self.hooked and batch is not None and kernels.serve(x_NC):
+            return self.native(x_NC, positions_N, batch, partial(self.rotary, dtype=x_NC.dtype))
         tables = local = self.rotary(positions_N, x_NC.dtype)
-        if self.native is not None and not self.hooked and kernels.serve(x_NC):
-            batch = getattr(attend, "batch", None)  # attention over sequences' own caches has one
-            if batch is not None:
-                return self.native(x_NC, *tables, batch)
         if config.local_rope_theta is not None:
             local = self.rotary(positions_N, x_NC.dtype, local=True)
         for layer, block in enumerate(self.layers):

@@ -2,7 +2,8 @@
 
 They serve under ``torch.inference_mode`` on bf16 tensors on a CPU. Everything that they do torch does too, only slower:
 without a compiler, or with ``GALE_KERNELS=off``. ``linear.cpp`` multiplies with quantised weights, ``attention.cpp``
-attends, ``rows.cpp`` normalises, rotates and gates.
+attends, ``rows.cpp`` normalises, rotates, gates and finds the likeliest token. ``decoder.cpp`` puts
+whole layers together.
 
 Shape suffixes as in :mod:`gale.model.transformer`; O outputs of a linear layer.
 """
@@ -35,7 +36,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "gale_norm": (None, [_P, _P, _F, _I, _I, _P, _I]),
     "gale_norm_rotate": (None, [_P, _P, _F, _P, _P, _I, _I, _I, _P, _I]),
     "gale_silu_gate": (None, [_P, _P, _I, _I, _P, _I]),
-    "gale_decode": (None, [_P, _P, _I, _P, _I, _P, _P, _P, _I]),
+    "gale_likeliest": (None, [_P, _I, _I, _P, _I]),
+    "gale_decode": (None, [_P, _P, _I, _P, _I, _P, _P, _P, _P, _I]),
     "gale_attend": (None, [_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _F, _I]),
 }
 _PANEL = 64  # outputs that are packed together, see linear.cpp
@@ -196,6 +198,14 @@ def silu_gate(x_NI: Tensor, up_NI: Tensor) -> Tensor:
     return out_NI
 
 
+def likeliest(x_NV: Tensor) -> Tensor:
+    """The place [N] of the largest number of each row; of several, the first."""
+    x_NV = x_NV.contiguous()
+    out_N = torch.empty(len(x_NV), dtype=torch.int64)
+    _required().gale_likeliest(x_NV.data_ptr(), *x_NV.shape, out_N.data_ptr(), threads())
+    return out_N
+
+
 class CachedSequence(ctypes.Structure):
     """A sequence of :func:`attend`: caches [L, K, capacity, D], tokens held, and which rows of the batch are new."""
 
@@ -250,11 +260,16 @@ def attend(
     return out_NHD
 
 
-def decode(decoder: ctypes.Structure, batch: Batch, x_NC: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    """All layers of a decoder, see :class:`gale.model.native.NativeLayers`; ``x_NC`` is written over."""
+def decode(
+    decoder: ctypes.Structure, batch: Batch, x_NC: Tensor, positions_N: Tensor, cos_PD: Tensor, sin_PD: Tensor
+) -> Tensor:
+    """All layers of a decoder, see :class:`gale.model.native.NativeLayers`; ``x_NC`` is written over.
+
+    The tables have a row for each position that a token can have.
+    """
     x_NC, out_NC = x_NC.contiguous(), torch.empty_like(x_NC)
     _required().gale_decode(
-        ctypes.byref(decoder), batch, len(batch), x_NC.data_ptr(), len(x_NC), cos_ND.data_ptr(), sin_ND.data_ptr(),
-        out_NC.data_ptr(), threads(),
+        ctypes.byref(decoder), batch, len(batch), x_NC.data_ptr(), len(x_NC), positions_N.data_ptr(),
+        cos_PD.data_ptr(), sin_PD.data_ptr(), out_NC.data_ptr(), threads(),
     )  # fmt: skip
     return out_NC

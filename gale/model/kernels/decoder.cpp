@@ -31,9 +31,9 @@ using namespace gale;
 extern "C" {
 
 // The embedded tokens x [rows, hidden] of the sequences through all layers, into out, likewise, normalised at last; x is
-// changed. cos and sin are [rows, size].
-void gale_decode(const Decoder* decoder, const Sequence* sequences, int count, bf16* x, int rows, const bf16* cos, const bf16* sin,
-                 bf16* out, int threads) {
+// changed. Row n stands at positions[n], for which there is a row in cos and sin [.., size].
+void gale_decode(const Decoder* decoder, const Sequence* sequences, int count, bf16* x, int rows, const int64_t* positions,
+                 const bf16* cos, const bf16* sin, bf16* out, int threads) {
   const Decoder& d = *decoder;
   const long queries = d.heads * d.size, keys = d.key_heads * d.size;
   thread_local std::vector<bf16> memory;
@@ -53,7 +53,7 @@ void gale_decode(const Decoder* decoder, const Sequence* sequences, int count, b
         const bool query = head < d.heads;
         bf16* at = query ? q + row * queries + head * d.size : k + row * keys + (head - d.heads) * d.size;
         if (const bf16* weight = query ? b.q_norm : b.k_norm) norm(at, weight, d.eps, d.size, at);
-        rotate(at, cos + row * d.size, sin + row * d.size, d.size / 2);
+        rotate(at, cos + positions[row] * d.size, sin + positions[row] * d.size, d.size / 2);
       }
     });
     attend(Heads{q, k, v, attended, layer, d.heads, d.key_heads, d.size, int(b.window), d.scale}, sequences, count, threads);

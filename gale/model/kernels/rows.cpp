@@ -51,6 +51,24 @@ GALE_CLONES void gate(const bf16* x, const bf16* up, int size, bf16* out) {
   }
 }
 
+namespace {
+
+// A number in the order of the bf16 number that it stands for.
+GALE_INLINE int16_t order(bf16 x) {
+  int16_t bits = int16_t(x);
+  if (bits < 0) bits = int16_t(bits ^ 0x7fff);
+  return bits == -1 ? 0 : bits;  // both zeros are equal
+}
+
+GALE_CLONES long likeliest(const bf16* x, int size) {
+  int16_t most = INT16_MIN;
+  for (int i = 0; i < size; ++i) most = std::max(most, order(x[i]));
+  int first = 0;
+  while (first < size - 1 && order(x[first]) != most) ++first;
+  return first;
+}
+
+}  // namespace
 }  // namespace gale
 
 using namespace gale;
@@ -73,6 +91,11 @@ void gale_norm_rotate(const bf16* x, const bf16* weight, float eps, const bf16* 
       rotate(out + at, cos + row * size, sin + row * size, size / 2);
     }
   });
+}
+
+// Where the largest number of each row of x [rows, size] is, the first of them.
+void gale_likeliest(const bf16* x, int rows, int size, int64_t* out, int threads) {
+  over_rows(rows, size, threads, [&](long row) { out[row] = likeliest(x + row * size, size); });
 }
 
 // silu(x) * up, each [rows, size].
