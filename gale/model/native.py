@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from gale.model.transformer import Decoder
 
 _FIRST_POSITIONS = 1024
-_MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_MATRICES = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 _NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")
 
 

@@ -37,8 +37,8 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> No
 
     The output head has int8 also where the rest has int4: it costs little there and much in quality. Embeddings and
     experts stay as they are. With the model's ``folder`` what is rounded is kept under ``GALE_HOME`` and found again.
-    Raises :class:`ModelError` for rounding a model elsewhere than on a CPU. Where the kernels can, they compute all layers
-    in one call from now on.
+    Where the kernels can, they compute all layers in one call from now on. Raises :class:`ModelError` for rounding a
+    model elsewhere than on a CPU.
     """
     if weights == "bf16":
         _pack(model)

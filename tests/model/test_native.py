@@ -61,7 +61,9 @@ def states(model: Decoder) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
-def test_one_call_computes_what_the_modules_compute(tokenizer: Tokenizer, weights: Weights, kind: dict[str, Any]) -> None:
+def test_one_call_computes_what_the_modules_compute(
+    tokenizer: Tokenizer, weights: Weights, kind: dict[str, Any]
+) -> None:
     model = prepared(tokenizer, weights, kind)
     assert model.native is not None
     in_one_call = states(model)

@@ -242,9 +242,7 @@ def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> Batch:
     return (CachedSequence * len(items))(*items)
 
 
-def attend(
-    batch: Batch, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, window: int | None
-) -> Tensor:
+def attend(batch: Batch, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, window: int | None) -> Tensor:
     """Store the new keys and values, and attend causally to all that each sequence holds: [N, H, D] -> [N, H, D].
 
     Every query's result is the same to the bit whatever else is in the batch, and however its prompt was cut.
