@@ -156,7 +156,7 @@ class Batcher:
     ) -> None:
         """Give each sequence the token that follows its row, and those that follow its drafts while they are right."""
         rows = [row + place for sequence, row in sampled for place in range(len(drafts.get(sequence, ())) + 1)]
-        logits_SV = self._model.logits(hidden_NC[rows]).float().cpu()
+        logits_SV = self._model.logits(hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows]).cpu()
         lengths = [len(sequence.tokens) for sequence, _ in sampled]
         row_of = {row: place for place, row in enumerate(rows)}
         going = sampled

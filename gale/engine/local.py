@@ -21,6 +21,7 @@ from gale.engine.batcher import Batcher
 from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.options import EngineOptions
+from gale.engine.outbox import Outbox
 from gale.engine.pace import Pace
 from gale.engine.prompts import Prompts, end_tokens
 from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
@@ -46,7 +47,8 @@ from gale.model import kernels
 from gale.model.adapter_folder import read_adapter_layers
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model, load_tokenizer
-from gale.model.quantised import Weights, quantise, served_by_kernels
+from gale.model.native import served_by_kernels
+from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
@@ -63,7 +65,7 @@ class LocalEngine:
     """A model in this process. Implements :class:`gale.engine.request.Reader`.
 
     The event loop never computes: requests travel to the engine's thread through a queue, events travel back
-    through ``call_soon_threadsafe``.
+    through an :class:`gale.engine.outbox.Outbox`.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class LocalEngine:
         self._grammars = Grammars(tokenizer, vocabulary_size=model.config.vocabulary_size, end_tokens=end_tokens)
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
+        self._outbox = Outbox()
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="gale-engine", daemon=True)
         self._thread.start()
@@ -300,19 +303,13 @@ class LocalEngine:
         adapter = self._adapters.get(sampling.adapter)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[PromptScores | Event | Exception] = asyncio.Queue()
-
-        def emit(event: PromptScores | Event | Exception) -> None:
-            # The loop may be gone when the server stops in the middle of an answer.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         sequence = Sequence(
             prompt,
             sampling,
             room=room,
             end_tokens=self._end_tokens if adapter is None else adapter.end_tokens,
             stream=self._tokenizer.stream(reply.shown if reply else None),
-            emit=emit,
+            emit=partial(self._outbox.put, loop, events.put_nowait),
             constraint=constraint,
             adapter=adapter,
             observer=observer,
@@ -374,6 +371,7 @@ class LocalEngine:
                 while True:
                     if sequence is None:
                         batcher.abandon(EngineFailedError("The engine was stopped."))
+                        self._outbox.send()
                         return
                     batcher.add(sequence)
                     sequence = self._inbox.get(block=False)
@@ -385,3 +383,5 @@ class LocalEngine:
                 # First the waiting, then the log: should even that fail, nobody waits for ever.
                 batcher.abandon(EngineFailedError("The engine failed while answering; the request was not finished."))
                 log.exception("engine_step_failed", error=str(error))
+            finally:
+                self._outbox.send()
