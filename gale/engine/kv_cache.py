@@ -70,12 +70,12 @@ class SequenceCache:
         """Tokens there is room for now."""
         return self._keys_LKTD.shape[2]
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` more."""
+    def reserve(self, tokens: int, *, expected: int = 0) -> None:
+        """Make room for ``tokens`` more, and if that takes memory for all that are ``expected``, to copy less later."""
         needed, capacity = self.length + tokens, self.capacity
         if needed > capacity:
-            capacity = min(max(needed, 2 * capacity, _FIRST_CAPACITY), max(needed, self._config.context_length))
-            self._resize(capacity)
+            capacity = max(needed, self.length + expected, 2 * capacity, _FIRST_CAPACITY)
+            self._resize(min(capacity, max(needed, self._config.context_length)))
 
     def trim(self, tokens: int) -> None:
         """Give back what is far more than ``tokens`` need."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from gale.core.device import choose_compute
+from gale.core.device import choose_compute, return_freed_memory
 from gale.core.errors import ModelError
 from gale.core.model_folder import model_name
 from gale.engine.adapters import Adapter, BatchAdapters
@@ -127,6 +127,7 @@ class LocalEngine:
         Raises :class:`gale.core.errors.ModelError`.
         """
         compute = choose_compute()
+        return_freed_memory()
 
         def opened(folder: Path) -> Decoder:
             model = load_model(folder, dtype=compute.dtype, device=compute.device)
