@@ -14,14 +14,13 @@ from typing import Literal
 import structlog
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from gale.core import files
 from gale.core.errors import GaleError, ModelError
 from gale.core.settings import settings
-from gale.model import kernels
+from gale.model import kernels, safetensors_file
 from gale.model.checkpoint import weight_files
+from gale.model.huge_pages import HugePages
 from gale.model.native import NativeLayers
 from gale.model.packed import PackedLinear, round_weight
 from gale.model.transformer import Decoder
@@ -50,26 +49,35 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> No
 def _round(model: Decoder, weights: Weights, folder: Path | None) -> None:
     if model.embed_tokens.weight.device.type != "cpu":
         raise ModelError("int8 and int4 weights are for CPUs.", hint="Leave out --weights on a GPU.")
-    bits = 8 if weights == "int8" else 4
-    kept = None if folder is None else _kept(folder, bits)
+    kept = None if folder is None else _kept(folder, 8 if weights == "int8" else 4)
     stored = _read(kept) if kept else {}
-    fresh: dict[str, Tensor] = {}
-    kept_bytes = 0
-    for name, layer in list(_linears(model)):
-        wanted = 8 if name == "lm_head" else bits
+    layers = [(name, layer, 8 if weights == "int8" or name == "lm_head" else 4) for name, layer in _linears(model)]
+    memory = _memory([(layer, bits) for _, layer, bits in layers])
+    made: dict[str, Tensor] = {}
+    fresh = False
+    for name, layer, bits in layers:
         packed, scales = stored.get(f"{name}.packed"), stored.get(f"{name}.scales")
-        if packed is None or scales is None or not _fit(wanted, layer, packed, scales):
-            packed, scales = round_weight(wanted, layer.weight.detach())
-            fresh |= {f"{name}.packed": packed, f"{name}.scales": scales}
-        else:
-            kept_bytes += packed.nbytes
-        _replace(model, name, PackedLinear.like(layer, wanted, packed, scales))
-    model.mapped_bytes += kept_bytes
+        if packed is None or scales is None or not _fit(bits, layer, packed, scales):
+            packed, scales = round_weight(bits, layer.weight.detach())
+            fresh = True
+        if memory is not None:
+            packed, scales = memory.keep(packed), scales.clone()
+        made |= {f"{name}.packed": packed, f"{name}.scales": scales}
+        _replace(model, name, PackedLinear.like(layer, bits, packed, scales))
     if kept and fresh:
         try:
-            files.write_bytes(kept, save(fresh))
+            shapes = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in made.items()}
+            safetensors_file.write(kept, shapes, made.items())
         except GaleError as error:  # it is only for the next start
             log.warning("rounded_weights_not_kept", error=error.message)
+
+
+def _memory(layers: list[tuple[nn.Linear, int]]) -> HugePages | None:
+    """Where the weights of ``layers``, packed for the kernels to so many bits, will stand one behind the other."""
+    if not kernels.available():
+        return None
+    sizes = [kernels.packed_sizes(bits, layer.out_features, layer.in_features)[0] for layer, bits in layers]
+    return HugePages(HugePages.needed(sizes))
 
 
 def _fit(bits: int, layer: nn.Linear, packed: Tensor, scales: Tensor) -> bool:
@@ -85,10 +93,12 @@ def _pack(model: Decoder) -> None:
     weight = model.embed_tokens.weight
     if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or not kernels.has_bf16():
         return
-    for name, layer in list(_linears(model)):
-        if layer.in_features % 2 == 0:
-            packed, scales = kernels.pack(16, layer.weight.detach())
-            _replace(model, name, PackedLinear.like(layer, 16, packed, scales))
+    layers = [(name, layer) for name, layer in _linears(model) if layer.in_features % 2 == 0]
+    memory = _memory([(layer, 16) for _, layer in layers])
+    assert memory is not None, "there are kernels"
+    for name, layer in layers:
+        packed, scales = kernels.pack(16, layer.weight.detach())
+        _replace(model, name, PackedLinear.like(layer, 16, memory.keep(packed), scales))
 
 
 def _replace(model: Decoder, name: str, layer: PackedLinear) -> None:

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gale.core import files
 from gale.core.errors import GaleError
 from gale.core.settings import settings
 from gale.evals.bits_per_byte import bits_per_byte
-from gale.model import kernels
+from gale.model import kernels, safetensors_file
 from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.packed import PackedLinear, round_weight
 from gale.model.quantised import Weights, quantise
@@ -102,10 +101,10 @@ def test_a_full_disk_costs_the_next_start_some_time_and_nothing_else(
 ) -> None:
     folder = save_folder(tokenizer, tmp_path / "model", dtype=torch.bfloat16)
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, *content: object) -> None:
         raise GaleError(f"No space left while writing {path}.")
 
-    monkeypatch.setattr(files, "write_bytes", full)
+    monkeypatch.setattr(safetensors_file, "write", full)
     model = load_model(folder, dtype=torch.bfloat16)
     quantise(model, "int8", folder)
     assert isinstance(model.lm_head, PackedLinear)
