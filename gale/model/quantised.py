@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gale.core.errors import ModelError
 from gale.model import kernels
 from gale.model.experts import ExpertWeights
+from gale.model.huge_pages import HugePages
 from gale.model.kept_weights import KeptWeights
 from gale.model.lora import ROUTER
 from gale.model.native import NativeLayers
@@ -41,44 +42,47 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> th
     bits = _BITS[weights]
     if bits < 16 and model.embed_tokens.weight.device.type != "cpu":
         raise ModelError("int8 and int4 weights are for CPUs.", hint="Leave out --weights on a GPU.")
-    packer = _Packer(model, None if folder is None or bits == 16 else KeptWeights(folder, bits))
     # By name: a list of the layers would hold them all until the end.
-    for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | ExpertWeights)]:
-        packer.replace(name, 16 if name.endswith(ROUTER) else 8 if name == "lm_head" and bits == 4 else bits)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | ExpertWeights)]
+    wanted = {name: 16 if name.endswith(ROUTER) else 8 if name == "lm_head" and bits == 4 else bits for name in names}
+    packer = _Packer(model, wanted, None if folder is None or bits == 16 else KeptWeights(folder, bits))
+    for name in names:
+        packer.replace(name)
     model.native = NativeLayers(model) if NativeLayers.serve(model) else None
     return packer.keep()
 
 
 class _Packer:
-    """Replaces layers of ``model``; what is to be rounded is taken from ``kept`` where it fits."""
+    """Replaces layers of ``model``, each by one of so many bits; what is to be rounded is taken from ``kept`` where it
+    fits. For the kernels all stand one behind the other in huge pages.
+    """
 
-    def __init__(self, model: Decoder, kept: KeptWeights | None) -> None:
+    def __init__(self, model: Decoder, bits: dict[str, int], kept: KeptWeights | None) -> None:
         self._model = model
+        self._bits = bits
         self._kept = kept
         self._rounded: dict[str, Tensor] = {}
         self._complete = True  # all that is rounded was kept
         like = model.embed_tokens.weight
         self._packs_bf16 = like.dtype is torch.bfloat16 and like.device.type == "cpu" and kernels.has_bf16()
+        self._memory: HugePages | None = None
+        if kernels.available():
+            shapes = [(bits[name], *weight_OI.shape) for name in bits for _, weight_OI in self._matrices(name)]
+            self._memory = HugePages(HugePages.needed([kernels.packed_sizes(*shape)[0] for shape in shapes]))
 
-    def replace(self, name: str, bits: int) -> None:
+    def replace(self, name: str) -> None:
         """One layer, or all experts of one; a layer that cannot be packed stays."""
         old = self._model.get_submodule(name)
+        matrices = self._matrices(name)
+        if not matrices:
+            return
         new: nn.Module
         if isinstance(old, ExpertWeights):
-            stacks = [(kind, getattr(old, kind).detach()) for kind in ("gate_up_proj", "down_proj")]
-            if not all(self._can_pack(bits, stack_EOI) for _, stack_EOI in stacks):
-                return
-            new = PackedExperts(
-                *(
-                    [self._pack(f"{name}.{kind}.{expert}", bits, weight_OI) for expert, weight_OI in enumerate(stack)]
-                    for kind, stack in stacks
-                )
-            )
+            packed = [self._pack(full_name, self._bits[name], weight_OI) for full_name, weight_OI in matrices]
+            new = PackedExperts(packed[: len(packed) // 2], packed[len(packed) // 2 :])
         else:
             assert isinstance(old, nn.Linear)
-            if not self._can_pack(bits, old.weight):
-                return
-            new = self._pack(name, bits, old.weight.detach(), old.bias)
+            new = self._pack(name, self._bits[name], old.weight.detach(), old.bias)
             # In the bf16 of a tied head is the embedding, which is read again where it is looked at.
             if forget(old.weight) and old.weight is not self._model.embed_tokens.weight:
                 self._model.mapped_bytes -= old.weight.nbytes
@@ -89,8 +93,18 @@ class _Packer:
         """Write what was rounded for the next time, if any was; the thread that does it."""
         return None if self._kept is None or self._complete else self._kept.keep(self._rounded)
 
-    def _can_pack(self, bits: int, weight: Tensor) -> bool:
-        return bits < 16 or (self._packs_bf16 and weight.shape[-1] % 2 == 0)
+    def _matrices(self, name: str) -> list[tuple[str, Tensor]]:
+        """The matrices of a layer, each with a name: one, or of all experts first the gates, then the others; none
+        where they cannot be packed.
+        """
+        layer = self._model.get_submodule(name)
+        found: list[tuple[str, Tensor]] = [(name, layer.weight.detach())] if isinstance(layer, nn.Linear) else []
+        if isinstance(layer, ExpertWeights):
+            for kind in ("gate_up_proj", "down_proj"):
+                stack_EOI = getattr(layer, kind).detach()
+                found += [(f"{name}.{kind}.{expert}", weight_OI) for expert, weight_OI in enumerate(stack_EOI)]
+        can = self._bits[name] < 16 or (self._packs_bf16 and all(weight.shape[-1] % 2 == 0 for _, weight in found))
+        return found if can else []
 
     def _pack(self, name: str, bits: int, weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedLinear:
         outputs, inputs = weight_OI.shape
@@ -100,8 +114,11 @@ class _Packer:
         if packed is None or scales is None or not _fit(bits, outputs, inputs, packed, scales):
             packed, scales = round_weight(bits, weight_OI)
             self._complete = False
-        else:
+        elif self._memory is None:
             self._model.mapped_bytes += packed.nbytes
+        if self._memory is not None:
+            mapped, packed, scales = packed, self._memory.keep(packed), scales.clone()
+            forget(mapped)
         if bits < 16:
             self._rounded |= {f"{name}.packed": packed, f"{name}.scales": scales}
         return PackedLinear(bits, inputs, outputs, packed, scales, bias_O)

@@ -161,7 +161,6 @@ def test_rounded_experts_are_kept_too(tokenizer: Tokenizer, tmp_path: Path, own_
     folder = save_folder(tokenizer, tmp_path / "model", dtype=torch.bfloat16, **MIXTURE)
     models = [rounded(folder, "int4") for _ in range(2)]
     assert len(list((own_home / "quantised").iterdir())) == 1
-    assert models[1].mapped_bytes > models[0].mapped_bytes
     x_NC = torch.randn(9, 48).bfloat16()
     with torch.inference_mode():
         assert torch.equal(*(model.layers[0].mlp(x_NC) for model in models))
