@@ -14,9 +14,11 @@ from gale.platform.journal import journal_folder
 from gale.platform.metering import Metering
 from gale.platform.organisations import Organisations, Projects
 from gale.platform.people import People, ServiceAccounts
+from gale.platform.quotas import Quotas
 from gale.platform.responses import ItemConversations, Responses
 from gale.platform.secret import Secret
 from gale.platform.sessions import Sessions
+from gale.platform.usage_report import UsageReport
 
 
 class Store:
@@ -64,6 +66,14 @@ class Store:
     def audit_log(self, actor: Actor) -> AuditLog:
         """What was done to it."""
         return AuditLog(self.database, actor)
+
+    def quotas(self, actor: Actor, *, operator: bool = False) -> Quotas:
+        """What it, its projects and keys may use; an ``operator`` has the machine's shell."""
+        return Quotas(self.database, self.metering, actor, operator=operator)
+
+    def usage_report(self, actor: Actor) -> UsageReport:
+        """What it has used."""
+        return UsageReport(self.database, actor)
 
     @classmethod
     def open(cls, url: str, *, exclusive: bool = False) -> Store:

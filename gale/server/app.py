@@ -14,12 +14,15 @@ from gale.server import (
     decisions,
     errors,
     health,
+    metrics,
     openai_chat,
     openai_completions,
     openai_conversations,
     openai_embeddings,
     openai_models,
     openai_responses,
+    organization_quotas,
+    organization_usage,
     page_conversations,
     page_sign_in,
     page_turns,
@@ -57,6 +60,7 @@ def create_app(
     origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
     stream_limits = stream_limits or StreamLimits()
+    store.metering.watch = counted = metrics.Metrics(engine, store.metering)
     lifecycle.background.append(store.metering.run)
     # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
     # whatever the Host header says.
@@ -70,6 +74,9 @@ def create_app(
     app.include_router(openai_conversations.routes(store))
     app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
     app.include_router(tokenize.routes(engine))
+    app.include_router(organization_quotas.routes(engine, store))
+    app.include_router(organization_usage.routes(store))
+    app.include_router(metrics.routes(counted))
     if isinstance(engine, Reader):
         for kind in (openai_embeddings, rerank, decisions):
             app.include_router(kind.routes(engine, lifecycle))
@@ -83,4 +90,5 @@ def create_app(
     app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
     app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
+    app.add_middleware(metrics.Observed, metrics=counted)
     return app
