@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from gale import __version__
+from gale.assistant.moderation import Moderator
 from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
@@ -20,6 +21,7 @@ from gale.server import (
     openai_conversations,
     openai_embeddings,
     openai_models,
+    openai_moderations,
     openai_responses,
     organization_quotas,
     organization_usage,
@@ -70,6 +72,7 @@ def create_app(
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
+    app.include_router(openai_moderations.routes(Moderator(), lifecycle))
     app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
     app.include_router(openai_conversations.routes(store))
     app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
