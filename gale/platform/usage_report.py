@@ -21,7 +21,7 @@ WIDTHS: dict[Width, int] = {"1m": 60_000_000, "1h": 3_600_000_000, "1d": 86_400_
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Usage from ``since`` until ``until`` (microseconds since 1970), in buckets of ``width`` that begin where UTC's do.
+    """Usage from ``since`` until ``until`` (microseconds since 1970), in buckets of ``width``, as UTC divides time.
 
     ``only`` narrows an axis to some values, and sums are kept apart by the axes of ``by``.
     """

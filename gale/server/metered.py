@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gale.engine.request import Engine
 from gale.platform.access import Actor
-from gale.platform.admission import Admission
+from gale.platform.admission import Admission, Ticket
 from gale.platform.limits import Measure
 from gale.platform.metered_engine import MeteredEngine
 from gale.platform.metering import Metering
@@ -54,6 +54,17 @@ def engine_for(request: Request, actor: Actor, engine: AnyEngine) -> AnyEngine:
     if isinstance(metered, MeteredEngine):
         request.state.admission = metered.admission
     return metered
+
+
+async def ticket_for(request: Request, actor: Actor, model: str, kind: str, most: int) -> Ticket:
+    """Let ``actor`` use at most ``most`` tokens of a ``model`` that is no engine.
+
+    Raises what :meth:`Admission.begin` does. The ticket is to be ended with what was used.
+    """
+    metering: Metering = request.state.metering
+    request.state.admission = metering.admission(actor, model, request_id=getattr(request.state, "request_id", None))
+    ticket: Ticket = await request.state.admission.begin(model, kind, None, lambda: most, 0)
+    return ticket
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """``GET /metrics``: what the service does, for Prometheus, in a registry of this application's own.
 
-Labels have few values (routes as they are declared, never as they are asked for), so that no client can fill the memory.
+Labels have few values (routes as they are declared, never as they are asked for), so no client can fill the memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gale.engine.request import Engine, Usage, Watched
 from gale.platform.access import authorize
 from gale.platform.metering import Metering
 from gale.server.caller import actor_of
-from gale.server.local_guard import is_loopback
+from gale.server.local_guard import asks_from_here
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -150,17 +150,11 @@ def routes(metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics", response_class=Response)
     async def read(request: Request) -> Response:
-        if not _from_here(request):
+        if not asks_from_here(request.scope):
             authorize(actor_of(request), "administer")
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-def _from_here(request: Request) -> bool:
-    """Whether a program on this machine asks, and not a proxy on it that asks for somebody else."""
-    proxied = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via"))
-    return request.client is not None and is_loopback(request.client.host) and not proxied
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

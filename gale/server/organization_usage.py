@@ -62,7 +62,7 @@ def routes(store: Store) -> APIRouter:
 
 
 class _Asked:
-    """The query of a request, in which lists are written as ``name=a&name=b`` or, as OpenAI's client does, ``name[]=a``."""
+    """The query of a request. Lists are written as ``name=a&name=b`` or, as OpenAI's client does, ``name[]=a``."""
 
     def __init__(self, request: Request, *, group_by: tuple[str, ...]) -> None:
         self._query = request.query_params
