@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gale.platform.access import Actor
 from gale.platform.api_keys import ApiKeys
 from gale.platform.audit import AuditLog
@@ -24,9 +22,9 @@ from gale.platform.usage_report import UsageReport
 class Store:
     """The open store. Close it when the service ends."""
 
-    def __init__(self, database: Database, secret: Secret | None = None, usage_folder: Path | None = None) -> None:
+    def __init__(self, database: Database, secret: Secret | None = None, *, metering: Metering | None = None) -> None:
         self.database = database
-        self.metering = Metering(database, usage_folder)
+        self.metering = metering or Metering(database)
         self._secret = secret or Secret()
         self.organisations = Organisations(database)
         self.sessions = Sessions(database, self._secret)
@@ -78,7 +76,10 @@ class Store:
     @classmethod
     def open(cls, url: str, *, exclusive: bool = False) -> Store:
         """Open and migrate the database at ``url`` as :meth:`Database.open` does. Blocks. Raises ``StoreError``."""
-        return cls(Database.open(url, exclusive=exclusive), usage_folder=journal_folder(url))
+        database = Database.open(url, exclusive=exclusive)
+        # No other server has an SQLite file that is ours alone.
+        alone = exclusive and url.startswith("sqlite")
+        return cls(database, metering=Metering(database, journal_folder(url), alone=alone))
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""
