@@ -56,6 +56,11 @@ class Settings(BaseSettings):
         return self.home / "runs"
 
     @property
+    def files(self) -> Path:
+        """Default folder of uploaded files."""
+        return self.home / "files"
+
+    @property
     def database_url(self) -> str:
         """Default SQLAlchemy URL of the store."""
         path = str(self.home / "gale.db").replace("%", "%25").replace("?", "%3F")  # what a URL reads otherwise

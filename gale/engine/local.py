@@ -152,6 +152,11 @@ class LocalEngine:
         return self._model_id
 
     @property
+    def folder(self) -> Path | None:
+        """The model folder that this came from, None where there is none."""
+        return self._folder if self._folder is not None and self._folder.is_dir() else None
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters that can be asked for."""
         return self._adapters.names
@@ -164,8 +169,7 @@ class LocalEngine:
         """
         if not name or name == self._model_id:
             raise ModelError(f"An adapter cannot be called {name!r}.", hint="Give it a name of its own.")
-        base = self._folder if self._folder is not None and self._folder.is_dir() else None
-        layers = read_adapter_layers(folder, self._model, base=base, most_rank=MOST_ADAPTER_RANK)
+        layers = read_adapter_layers(folder, self._model, base=self.folder, most_rank=MOST_ADAPTER_RANK)
         template, ends = self._prompts.of_adapter(folder)
         self._adapters.add(Adapter(name, layers, template, self._end_tokens | ends))
 

@@ -118,9 +118,9 @@ class Metering:
         metered = MeteredReader if self._reads[kind_of_engine] else MeteredEngine
         return cast(AnyEngine, metered(engine, admission, self.watch))
 
-    def admission(self, actor: Actor, model: str, *, request_id: str | None = None) -> Admission:
+    def admission(self, actor: Actor, model: str, *, batch: bool = False, request_id: str | None = None) -> Admission:
         """One request of ``actor`` for a ``model`` that is no engine."""
-        return Admission(self, actor, base=model, longest=0, kind=None, batch=False, request_id=request_id)
+        return Admission(self, actor, base=model, longest=0, kind=None, batch=batch, request_id=request_id)
 
     def record(self, actor: Actor, model: str, kind: str, usage: Usage, *, base: str = "") -> None:
         """Count what was used without an engine of ours, such as the tokens of a training. Nothing limits it."""

@@ -102,7 +102,7 @@ class ModerationRequest(Parameters):
 def routes(moderator: Moderator, lifecycle: Lifecycle) -> APIRouter:
     """The one route."""
     router = APIRouter(tags=["openai"])
-    name = moderator.folder.name
+    name = moderator.name
 
     @router.post("/v1/moderations", response_model=None, openapi_extra=request_schema(ModerationRequest))
     async def create(request: Request) -> Response:
