@@ -10,8 +10,9 @@ from fastapi import APIRouter, FastAPI
 from gale import __version__
 from gale.assistant.moderation import Moderator
 from gale.core.settings import settings
-from gale.engine.request import Engine, Reader
+from gale.engine.request import Engine, Reader, Usage
 from gale.platform.fine_tuned_models import AdapterHost, FineTunedModels
+from gale.platform.jobs import Job
 from gale.platform.store import Store
 from gale.platform.tuning_supervisor import TuningSupervisor
 from gale.server import (
@@ -20,6 +21,7 @@ from gale.server import (
     errors,
     fine_tuning,
     health,
+    metrics,
     openai_batches,
     openai_chat,
     openai_completions,
@@ -30,6 +32,8 @@ from gale.server import (
     openai_moderations,
     openai_responses,
     openai_uploads,
+    organization_quotas,
+    organization_usage,
     page_conversations,
     page_sign_in,
     page_turns,
@@ -72,6 +76,7 @@ def create_app(
     origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
     stream_limits = stream_limits or StreamLimits()
+    store.metering.watch = counted = metrics.Metrics(engine, store.metering)
     lifecycle.background.append(store.metering.run)
     # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
     # whatever the Host header says.
@@ -93,6 +98,9 @@ def create_app(
     worker = BatchWorker(store, InProcess(Metered(endpoints, store.metering)))
     app.include_router(openai_batches.routes(store, worker, paths))
     app.include_router(tokenize.routes(engine))
+    app.include_router(organization_quotas.routes(engine, store))
+    app.include_router(organization_usage.routes(store))
+    app.include_router(metrics.routes(counted))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
     app.include_router(page_sign_in.routes(store, identities, origins))
@@ -104,6 +112,7 @@ def create_app(
     app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
     app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
+    app.add_middleware(metrics.Observed, metrics=counted)
     return app
 
 
@@ -115,7 +124,12 @@ def _tuning(
         return None, None
     home = settings().home
     models = FineTunedModels(store.database, engine, home)
-    supervisor = TuningSupervisor(store.database, store.jobs, models, home, store.file_folder.path)
+    store.metering.visible = models.visible
+
+    def trained(job: Job, tokens: int) -> None:
+        store.metering.record(job.actor, models.base, "fine_tuning", Usage(tokens, 0))
+
+    supervisor = TuningSupervisor(store.database, store.jobs, models, home, store.file_folder.path, on_trained=trained)
     lifecycle.background.append(supervisor.run)
     return models, supervisor
 
