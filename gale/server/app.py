@@ -20,6 +20,7 @@ from gale.server import (
     openai_embeddings,
     openai_models,
     openai_responses,
+    organization,
     page_conversations,
     page_sign_in,
     page_turns,
@@ -73,6 +74,7 @@ def create_app(
             app.include_router(kind.routes(engine, lifecycle))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
+    app.include_router(organization.routes(store, identities))
     app.include_router(page_sign_in.routes(store, identities, origins))
     page_files = static_page.install(app, static)
     lifecycle.background.append(identities.keep_last_use)

@@ -12,9 +12,7 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from fastapi.routing import APIRoute
 from openai import OpenAI
-from starlette.routing import Mount, Route
 
 from gale.core.errors import StoreError
 from gale.platform import recent, tables
@@ -26,6 +24,7 @@ from gale.platform.store import Store
 from gale.server import caller
 from gale.server.origins import Origins
 from tests.server.live import Live, start
+from tests.server.tenants import every_route
 
 CHAT = {"model": "scripted/one", "messages": [{"role": "user", "content": "one two"}]}
 
@@ -92,19 +91,6 @@ def test_every_route_asks_for_a_key_but_those_that_are_meant_to_be_open(keyed: L
                 assert response.status_code == 401, f"{method} {route.path} is open to strangers"
                 checked += 1
     assert checked > 10
-
-
-def every_route(live: Live) -> list[Route | APIRoute]:
-    found: list[Route | APIRoute] = []
-    for route in live.app.routes:
-        if isinstance(route, Mount):
-            assert route.path == "/assets", "a mounted application must be checked as well"
-        elif isinstance(route, Route | APIRoute):
-            found.append(route)
-        else:
-            assert type(route).__name__ == "_IncludedRouter", route
-            found += route.original_router.routes  # type: ignore[attr-defined]
-    return found
 
 
 @pytest.mark.parametrize(
