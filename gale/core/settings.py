@@ -24,6 +24,9 @@ class Settings(BaseSettings):
     )
     threads: int = Field(default=0, ge=0, description="CPU threads for the model; 0 means one per available core.")
     kernels: bool = Field(default=True, description="Whether to use the native kernels; off means torch alone.")
+    kept_weights_gb: float = Field(
+        default=50, ge=0, description="Most that rounded weights of models opened before may take on disk."
+    )
     upstream_connect_s: float = Field(default=10, gt=0, description="Seconds until an upstream has to be reached.")
     upstream_read_s: float = Field(
         default=300, gt=0, description="Longest silence of an upstream or a replica, in seconds."
@@ -48,6 +51,11 @@ class Settings(BaseSettings):
     def runs(self) -> Path:
         """Default parent of training runs (``--out`` overrides it)."""
         return self.home / "runs"
+
+    @property
+    def files(self) -> Path:
+        """Default folder of uploaded files."""
+        return self.home / "files"
 
     @property
     def database_url(self) -> str:

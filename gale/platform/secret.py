@@ -61,6 +61,5 @@ def _make(path: Path) -> None:
     with files.locked(path.with_name(f"{path.name}.lock")):
         if path.exists():
             return
-        with files.new_file(path) as temporary:
-            temporary.touch(0o600)
+        with files.new_file(path, private=True) as temporary:
             temporary.write_bytes(secrets.token_bytes(SECRET_BYTES))

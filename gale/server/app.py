@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI
 
 from gale import __version__
+from gale.assistant.moderation import Moderator
+from gale.core.settings import settings
 from gale.engine.request import Engine, Reader
+from gale.platform.fine_tuned_models import AdapterHost, FineTunedModels
 from gale.platform.store import Store
+from gale.platform.tuning_supervisor import TuningSupervisor
 from gale.server import (
     anthropic_messages,
     decisions,
     errors,
+    fine_tuning,
     health,
     openai_chat,
     openai_completions,
     openai_conversations,
     openai_embeddings,
+    openai_files,
     openai_models,
+    openai_moderations,
     openai_responses,
+    openai_uploads,
     organization,
     page_conversations,
     page_sign_in,
@@ -31,7 +40,10 @@ from gale.server import (
 from gale.server.caller import Identify
 from gale.server.cors import Cors
 from gale.server.edge import Edge, EdgeLimits
+from gale.server.housekeeping import keep_house
+from gale.server.idempotent import Idempotent
 from gale.server.lifecycle import Lifecycle
+from gale.server.metered import Metered
 from gale.server.origins import Origins
 from gale.server.sse import StreamLimits
 
@@ -57,16 +69,22 @@ def create_app(
     origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
     stream_limits = stream_limits or StreamLimits()
+    lifecycle.background.append(store.metering.run)
     # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
     # whatever the Host header says.
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
+    models, supervisor = _tuning(engine, store, lifecycle)
+    app.include_router(fine_tuning.routes(engine, store, models, supervisor))
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_chat.routes(engine, lifecycle, stream_limits))
     app.include_router(openai_completions.routes(engine, lifecycle, stream_limits))
+    app.include_router(openai_moderations.routes(Moderator(), lifecycle))
     app.include_router(openai_responses.routes(engine, store, lifecycle, stream_limits))
     app.include_router(openai_conversations.routes(store))
+    app.include_router(openai_files.routes(store))
+    app.include_router(openai_uploads.routes(store))
     app.include_router(anthropic_messages.routes(engine, lifecycle, stream_limits))
     app.include_router(tokenize.routes(engine))
     if isinstance(engine, Reader):
@@ -77,9 +95,24 @@ def create_app(
     app.include_router(organization.routes(store, identities))
     app.include_router(page_sign_in.routes(store, identities, origins))
     page_files = static_page.install(app, static)
-    lifecycle.background.append(identities.keep_last_use)
+    lifecycle.background += [identities.keep_last_use, partial(keep_house, store)]
     # The one added last is the outermost.
+    app.add_middleware(Metered, metering=store.metering)
+    app.add_middleware(Idempotent, kept=store.idempotency)
     app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
     app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
     return app
+
+
+def _tuning(
+    engine: Engine, store: Store, lifecycle: Lifecycle
+) -> tuple[FineTunedModels | None, TuningSupervisor | None]:
+    """What trains beside the server and serves the result, where the engine is one that can."""
+    if not isinstance(engine, AdapterHost) or engine.folder is None:
+        return None, None
+    home = settings().home
+    models = FineTunedModels(store.database, engine, home)
+    supervisor = TuningSupervisor(store.database, store.jobs, models, home, store.file_folder.path)
+    lifecycle.background.append(supervisor.run)
+    return models, supervisor

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Collection
 from http.cookies import CookieError, SimpleCookie
+from typing import TypeVar
 
 import structlog
 from fastapi import Request
@@ -18,12 +19,16 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gale.core.errors import StoreError
+from gale.engine.request import Engine
 from gale.platform.access import LOCAL_OWNER, Actor
 from gale.platform.identities import Identities
 from gale.server import local_guard
 from gale.server.errors import AccessEndedError, ApiError, as_api_error
 from gale.server.json_text import to_json
+from gale.server.metered import engine_for
 from gale.server.origins import Origins
+
+AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 log = structlog.get_logger("gale.server.caller")
 
@@ -138,6 +143,11 @@ def actor_of(request: Request) -> Actor:
     """Whom ``request`` acts for."""
     actor: Actor = request.state.actor
     return actor
+
+
+def engine_of(request: Request, engine: AnyEngine) -> AnyEngine:
+    """``engine`` as whom ``request`` acts for may use it: limited, charged and counted (see gale.platform.metering)."""
+    return engine_for(request, actor_of(request), engine)
 
 
 def is_signed_in(request: Request) -> bool:

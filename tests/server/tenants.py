@@ -19,6 +19,7 @@ from starlette.routing import Mount, Route
 from gale.platform import tables
 from gale.platform.access import LOCAL_OWNER, Actor
 from gale.platform.api_keys import NewKey
+from gale.platform.fine_tuning import Asked, FineTuning
 from gale.platform.store import Store
 from tests.server.live import Live
 
@@ -28,7 +29,8 @@ class Tenant:
     """An organisation with its keys, and the ids of its things by the names that routes have for them."""
 
     http: httpx2.Client
-    organisation_id: str
+    store: Store
+    actor: Actor
     key: str
     admin_key: str
     ids: dict[str, str] = field(default_factory=dict)
@@ -52,7 +54,7 @@ def _project(tenant: Tenant) -> None:
 
 
 def _people(tenant: Tenant) -> None:
-    body = {"name": "Kim", "email": f"kim@{tenant.organisation_id.lower()}.example"}
+    body = {"name": "Kim", "email": f"kim@{tenant.actor.organisation_id.lower()}.example"}
     user = tenant.make("/v1/organization/users", body)["id"]
     tenant.make(f"/v1/organization/projects/{tenant.ids['project_id']}/users", {"user_id": user, "role": "member"})
     tenant.ids["user_id"] = user
@@ -78,7 +80,22 @@ def _responses(tenant: Tenant) -> None:
     tenant.ids["response_id"] = tenant.make("/v1/responses", body)["id"]
 
 
-MAKERS: list[Callable[[Tenant], None]] = [_project, _people, _keys, _page, _responses]
+def _files(tenant: Tenant) -> None:
+    row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    uploaded = tenant.send("POST", "/v1/files", files={"file": ("a.jsonl", row)}, data={"purpose": "fine-tune"})
+    tenant.ids["file_id"] = uploaded.json()["id"]
+    body = {"filename": "b.jsonl", "purpose": "fine-tune", "bytes": 1, "mime_type": "text/jsonl"}
+    tenant.ids["upload_id"] = tenant.make("/v1/uploads", body)["id"]
+
+
+def _jobs(tenant: Tenant) -> None:
+    # Past the route, which wants a model that can be trained.
+    asked = Asked("tiny", "tiny", "/", None, tenant.ids["file_id"], None, "supervised", {}, None, 1, None, {})
+    files = tenant.store.files(tenant.actor)
+    tenant.ids["job_id"] = asyncio.run(FineTuning(tenant.store.jobs, files, tenant.actor).create(asked)).id
+
+
+MAKERS: list[Callable[[Tenant], None]] = [_project, _people, _keys, _page, _responses, _files, _jobs]
 
 # Routes whose parameter of the same name means another kind of thing.
 NAMES: dict[tuple[str, str], str] = {
@@ -107,7 +124,18 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
         "items": [{"type": "message", "role": "user", "content": "x"}]
     },
     ("POST", "/v1/responses/{response_id}/cancel"): {},
+    ("POST", "/v1/uploads/{upload_id}/complete"): {"part_ids": ["part_x"]},
+    ("POST", "/v1/uploads/{upload_id}/cancel"): {},
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): {},
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): {},
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): {},
 }
+
+# Routes that take a form with a file.
+FORMS = {("POST", "/v1/uploads/{upload_id}/parts"): {"data": ("part", b"x")}}
+
+# What is looked at by its id only, where it was made.
+UNLISTED = {"upload_id"}
 
 # Ids that name nobody's things: the model, which all may use, and pages of the browser.
 SHARED = {"/v1/models/{model_id:path}", "/c/{conversation_id}"}
@@ -156,4 +184,4 @@ def two_tenants(live: Live, store: Store) -> tuple[Tenant, Tenant]:
 def _tenant(live: Live, store: Store, owner: Actor, project_id: str) -> Tenant:
     _, key = asyncio.run(store.api_keys(owner, project_id).create(NewKey("program")))
     _, admin_key = asyncio.run(store.api_keys(owner, None).create(NewKey("administration")))
-    return Tenant(live.http, owner.organisation_id, key, admin_key)
+    return Tenant(live.http, store, owner, key, admin_key)

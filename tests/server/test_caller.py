@@ -19,6 +19,7 @@ from gale.platform import recent, tables
 from gale.platform.access import LOCAL_OWNER
 from gale.platform.api_keys import NewKey
 from gale.platform.database import Database
+from gale.platform.file_folder import FileFolder
 from gale.platform.secret import Secret
 from gale.platform.store import Store
 from gale.server import caller
@@ -32,7 +33,7 @@ CHAT = {"model": "scripted/one", "messages": [{"role": "user", "content": "one t
 @pytest.fixture(scope="module")
 def keyed_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("keyed")
-    store = Store(Database.open(f"sqlite:///{folder / 'gale.db'}"), Secret(b"k" * 32))
+    store = open_store(folder)
     yield store
     store.close()
 
@@ -53,6 +54,11 @@ def keyed(keyed_store: Store, key: str, tmp_path_factory: pytest.TempPathFactory
     server = start(keyed_store, static=page, origins=Origins(["https://app.example"], "https://gale.example"))
     yield server
     server.stop()
+
+
+def open_store(folder: Path) -> Store:
+    database = Database.open(f"sqlite:///{folder / 'gale.db'}")
+    return Store(database, secret=Secret(b"k" * 32), folder=FileFolder(folder / "files"))
 
 
 def new_key(store: Store, **more: object) -> tuple[str, str]:
@@ -220,7 +226,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> None:
-    store = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), Secret(b"k" * 32))
+    store = open_store(tmp_path)
     key = new_key(store)[1]
     server = start(store)
     try:
@@ -237,7 +243,7 @@ def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> N
     finally:
         server.stop()
         store.close()
-    fresh = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), Secret(b"k" * 32))
+    fresh = open_store(tmp_path)
     fresh.database.read = away  # type: ignore[method-assign,assignment]
     server = start(fresh)
     try:

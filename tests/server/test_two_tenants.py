@@ -10,19 +10,32 @@ import pytest
 from gale.engine.local import LocalEngine
 from gale.model.transformer import Decoder
 from gale.platform.database import Database
+from gale.platform.file_folder import FileFolder
 from gale.platform.secret import Secret
 from gale.platform.store import Store
 from gale.text.tokenizer import Tokenizer
 from tests.server.live import Live, start
-from tests.server.tenants import BODIES, SHARED, Tenant, every_route, filled, parameters_of, two_tenants
+from tests.server.tenants import (
+    BODIES,
+    FORMS,
+    SHARED,
+    UNLISTED,
+    Tenant,
+    every_route,
+    filled,
+    parameters_of,
+    two_tenants,
+)
 
 Both = tuple[Live, Tenant, Tenant]
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, model: Decoder, tokenizer: Tokenizer) -> Iterator[Both]:
-    database = Database.open(f"sqlite:///{tmp_path_factory.mktemp('tenants') / 'gale.db'}")
-    store, engine = Store(database, Secret(b"t" * 32)), LocalEngine(model, tokenizer, model_id="tiny")
+    folder = tmp_path_factory.mktemp("tenants")
+    database = Database.open(f"sqlite:///{folder / 'gale.db'}")
+    store = Store(database, secret=Secret(b"t" * 32), folder=FileFolder(folder / "files"))
+    engine = LocalEngine(model, tokenizer, model_id="tiny")
     live = start(store, engine=engine)
     yield live, *two_tenants(live, store)
     live.stop()
@@ -45,7 +58,9 @@ def test_every_route_with_an_id_is_covered(both: Both) -> None:
             assert name in mine.ids, f"tests/server/tenants.py: make a {name!r} for {path}"
             assert mine.ids[name] != other.ids[name]
         if method in ("POST", "PATCH", "PUT"):
-            assert (method, path) in BODIES, f"tests/server/tenants.py: give {method} {path} a body"
+            assert (method, path) in BODIES or (method, path) in FORMS, (
+                f"tests/server/tenants.py: give {method} {path} a body"
+            )
 
 
 def test_what_belongs_to_another_is_not_there(both: Both) -> None:
@@ -56,12 +71,13 @@ def test_what_belongs_to_another_is_not_there(both: Both) -> None:
         # Every way in which at least one id is the other's: alone, and below something of one's own.
         for whose in range(1, 2 ** len(names)):
             ids = [(other if whose >> place & 1 else mine).ids[name] for place, name in enumerate(names)]
-            response = mine.send(method, filled(path, ids), json=BODIES.get((method, path)))
+            body = {"files": FORMS[method, path]} if (method, path) in FORMS else {"json": BODIES.get((method, path))}
+            response = mine.send(method, filled(path, ids), **body)
             assert response.status_code == 404, f"{method} {filled(path, ids)}: {response.status_code} {response.text}"
             tried += 1
     assert tried > 40
     for name, id in other.ids.items():
-        assert id in everything(other), f"the other's {name} is still there"
+        assert id in everything(other) or name in UNLISTED, f"the other's {name} is still there"
 
 
 def test_lists_have_only_one_s_own(both: Both) -> None:
@@ -69,7 +85,7 @@ def test_lists_have_only_one_s_own(both: Both) -> None:
     seen = everything(mine)
     for name, id in other.ids.items():
         assert id not in seen, f"the other's {name} is listed"
-        assert mine.ids[name] in seen
+        assert mine.ids[name] in seen or name in UNLISTED
     for secret in (other.key, other.admin_key, mine.key, mine.admin_key):
         assert secret not in seen
 
@@ -81,7 +97,8 @@ def everything(tenant: Tenant) -> str:
         "/api/conversations",
         f"/v1/conversations/{ids['conversation_id']}/items", f"/v1/responses/{ids['response_id']}",
         f"/v1/conversations/{ids['conversation_id']}", "/v1/organization/projects", "/v1/organization/users",
-        "/v1/organization/admin_api_keys", "/v1/organization/audit_logs?limit=100", f"{project}/api_keys",
+        "/v1/organization/admin_api_keys", "/v1/organization/audit_logs?limit=100", "/v1/files", "/v1/fine_tuning/jobs",
+        f"/v1/fine_tuning/jobs/{ids['job_id']}/events", f"{project}/api_keys",
         f"{project}/service_accounts", f"{project}/users",
     ]  # fmt: skip
     answers = [tenant.send("GET", path) for path in paths]
