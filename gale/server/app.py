@@ -32,6 +32,7 @@ from gale.server import (
     openai_moderations,
     openai_responses,
     openai_uploads,
+    organization,
     organization_quotas,
     organization_usage,
     page_conversations,
@@ -103,6 +104,7 @@ def create_app(
     app.include_router(metrics.routes(counted))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
+    app.include_router(organization.routes(store, identities))
     app.include_router(page_sign_in.routes(store, identities, origins))
     page_files = static_page.install(app, static)
     lifecycle.background += [identities.keep_last_use, worker.run, partial(keep_house, store)]
