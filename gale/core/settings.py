@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from platformdirs import user_data_path
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gale.core import files
@@ -30,6 +30,12 @@ class Settings(BaseSettings):
     upstream_connect_s: float = Field(default=10, gt=0, description="Seconds until an upstream has to be reached.")
     upstream_read_s: float = Field(
         default=300, gt=0, description="Longest silence of an upstream or a replica, in seconds."
+    )
+    secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="What keys and sessions are hashed with; one file in the home folder if not given. Several "
+        "processes over one database need the same.",
     )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 

@@ -6,6 +6,7 @@ Answers are wanted for their shape alone, so a tiny model with random weights gi
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ QUESTION = [{"role": "user", "content": "Where does the river go?"}]
 
 def run(checker: Checker, model: str) -> None:
     """Make all the calls."""
-    for part in (models, chat, completions, vectors, responses, conversations):
+    for part in (models, chat, completions, vectors, moderations, responses, conversations, fine_tuning):
         part(checker, model)
 
 
@@ -67,6 +68,12 @@ def vectors(checker: Checker, model: str) -> None:
         checker.call("post /embeddings", json={"model": model, "input": "The wind", **kind})
     packed = {"model": model, "input": "The wind", "encoding_format": "base64"}
     checker.call("post /embeddings", json=packed, departure=_packed_vectors)
+
+
+def moderations(checker: Checker, model: str) -> None:
+    parts = [{"type": "text", "text": "The wind"}, {"type": "text", "text": "came"}]
+    for given in ("The wind", ["a", "b"], parts):
+        checker.call("post /moderations", json={"model": "omni-moderation-latest", "input": given})
 
 
 def _unscored_first_token(answer: Any) -> None:
@@ -120,3 +127,33 @@ def conversations(checker: Checker, model: str) -> None:
     checker.call("get /conversations/{conversation_id}/items/{item_id}", params=item)
     checker.call("delete /conversations/{conversation_id}/items/{item_id}", params=item)
     checker.call("delete /conversations/{conversation_id}", params=one)
+
+
+def fine_tuning(checker: Checker, model: str) -> None:
+    row = {"messages": [*QUESTION, {"role": "assistant", "content": "To the sea."}]}
+    upload = {"file": ("rows.jsonl", "\n".join([json.dumps(row)] * 10).encode())}
+    file = checker.call("post /files", files=upload, data={"purpose": "fine-tune"})
+    knobs = {"n_epochs": 50, "batch_size": 1, "learning_rate_multiplier": 0.5}
+    body = {
+        "model": model,
+        "training_file": file["id"],
+        "validation_file": file["id"],
+        "method": {"type": "supervised", "supervised": {"hyperparameters": knobs}},
+        "suffix": "sea",
+        "seed": 1,
+        "metadata": {"a": "b"},
+    }
+    one = {"fine_tuning_job_id": checker.call("post /fine_tuning/jobs", json=body)["id"]}
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/pause", params=one, departure=_paused)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/events", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", params=one)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/cancel", params=one)
+    checker.call("get /fine_tuning/jobs")
+
+
+def _paused(answer: Any) -> None:
+    """A paused job is paused, of which state the document does not know."""
+    assert answer["status"] == "paused"
+    answer["status"] = "queued"
