@@ -68,11 +68,14 @@ def create_app(
     edge_limits: EdgeLimits | None = None,
     stream_limits: StreamLimits | None = None,
     origins: Origins | None = None,
+    home: Path | None = None,
+    training_ray: str | None = None,
 ) -> FastAPI:
     """The ASGI application for one engine and one store, both of which the caller opens and closes.
 
     For loopback addresses only until ``store`` has accounts (see :mod:`gale.server.caller`). A ``lifecycle`` lets the
-    caller drain the application before stopping it; ``origins`` says which web pages may use it.
+    caller drain the application before stopping it; ``origins`` says which web pages may use it. Fine-tuning jobs work
+    in ``home`` (GALE_HOME if not given) and train on the Ray cluster at ``training_ray``, if there is one.
     """
     origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
@@ -84,7 +87,7 @@ def create_app(
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
-    models, supervisor = _tuning(engine, store, lifecycle)
+    models, supervisor = _tuning(engine, store, lifecycle, home or settings().home, training_ray)
     app.include_router(fine_tuning.routes(engine, store, models, supervisor))
     moderator = Moderator()
     for router in _answering(engine, store, moderator, lifecycle, stream_limits):
@@ -119,19 +122,20 @@ def create_app(
 
 
 def _tuning(
-    engine: Engine, store: Store, lifecycle: Lifecycle
+    engine: Engine, store: Store, lifecycle: Lifecycle, home: Path, ray: str | None
 ) -> tuple[FineTunedModels | None, TuningSupervisor | None]:
     """What trains beside the server and serves the result, where the engine is one that can."""
     if not isinstance(engine, AdapterHost) or engine.folder is None:
         return None, None
-    home = settings().home
     models = FineTunedModels(store.database, engine, home)
     store.metering.visible = models.visible
 
     def trained(job: Job, tokens: int) -> None:
         store.metering.record(job.actor, models.base, "fine_tuning", Usage(tokens, 0))
 
-    supervisor = TuningSupervisor(store.database, store.jobs, models, home, store.file_folder.path, on_trained=trained)
+    supervisor = TuningSupervisor(
+        store.database, store.jobs, models, home, store.file_folder.path, on_trained=trained, ray=ray
+    )
     lifecycle.background.append(supervisor.run)
     return models, supervisor
 

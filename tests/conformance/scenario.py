@@ -159,15 +159,26 @@ def batches(checker: Checker, model: str) -> None:
 
 
 def fine_tuning(checker: Checker, model: str) -> None:
-    answer = {"role": "assistant", "content": "To the sea."}
-    rows = upload(checker, [{"messages": [*QUESTION, answer]}] * 12, "fine-tune")
-    job = checker.call("post /fine_tuning/jobs", json={"model": model, "training_file": rows})
-    one = {"fine_tuning_job_id": job["id"]}
-    checker.call("get /fine_tuning/jobs")
+    row = {"messages": [*QUESTION, {"role": "assistant", "content": "To the sea."}]}
+    file = upload(checker, [row] * 10, "fine-tune")
+    knobs = {"n_epochs": 50, "batch_size": 1, "learning_rate_multiplier": 0.5}
+    body = {
+        "model": model,
+        "training_file": file,
+        "validation_file": file,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": knobs}},
+        "suffix": "sea",
+        "seed": 1,
+        "metadata": {"a": "b"},
+    }
+    one = {"fine_tuning_job_id": checker.call("post /fine_tuning/jobs", json=body)["id"]}
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/pause", params=one, departure=_paused)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
     checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}", params=one)
     checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/events", params=one)
     checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", params=one)
     checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/cancel", params=one)
+    checker.call("get /fine_tuning/jobs")
 
 
 def usage(checker: Checker, model: str) -> None:
@@ -181,6 +192,12 @@ def usage(checker: Checker, model: str) -> None:
     limit = {**one, "rate_limit_id": limits[0]["id"]}
     change = {f"max_{name}": 1000 for name in ("requests_per_1_minute", "tokens_per_1_minute", "requests_per_1_day")}
     checker.call("post /organization/projects/{project_id}/rate_limits/{rate_limit_id}", params=limit, json=change)
+
+
+def _paused(answer: Any) -> None:
+    """A paused job is paused, of which state the document does not know."""
+    assert answer["status"] == "paused"
+    answer["status"] = "queued"
 
 
 def _unlimited(answer: Any) -> None:

@@ -15,6 +15,7 @@ from gale.train import job
 from gale.train.job_recipe import Hyperparameters, TuningJob, recipe_of, settled
 from tests.tiny_data import write_jsonl
 from tests.tiny_model import save_folder
+from tests.train.runs import metrics
 
 ROW = {
     "messages": [{"role": "user", "content": "Where does it go?"}, {"role": "assistant", "content": "To the sea."}],
@@ -63,6 +64,18 @@ def test_a_job_leaves_a_model_and_its_last_checkpoints_which_the_engine_serves(b
     (folder / "rows.jsonl").unlink()
     job.validate(folder)
     job.train(folder)
+
+
+@pytest.mark.slow
+def test_on_ray_the_same_is_trained(base: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, ray in (("here", None), ("there", "local")):
+        asked = make(base, tmp_path / name, [ROW] * 10, n_epochs=4, batch_size=4)
+        (tmp_path / name / job.JOB).write_text(asked.model_copy(update={"ray": ray}).model_dump_json())
+        job.validate(tmp_path / name)
+        job.train(tmp_path / name)
+        losses.append([row["loss"] for row in metrics(tmp_path / name / job.RUN)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_row_that_cannot_be_trained_on_is_a_result_too(base: Path, tmp_path: Path) -> None:
