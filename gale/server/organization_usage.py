@@ -151,7 +151,7 @@ def _usage_result(kind: str, used: Used) -> dict[str, Any]:
             "output_audio_tokens": 0,
             "batch": bool(used.axes["batch"]) if "batch" in used.axes else None,
         }
-    named = {axis: used.axes.get(axis) or None for axis in axes}
+    named: dict[str, Any] = {axis: used.axes.get(axis) or None for axis in axes}
     return {"object": f"organization.usage.{kind}.result", **counts, **named}
 
 

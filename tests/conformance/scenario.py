@@ -6,6 +6,7 @@ Answers are wanted for their shape alone, so a tiny model with random weights gi
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ QUESTION = [{"role": "user", "content": "Where does the river go?"}]
 
 def run(checker: Checker, model: str) -> None:
     """Make all the calls."""
-    for part in (models, chat, completions, vectors, moderations, responses, conversations):
+    for part in (models, chat, completions, vectors, moderations, responses, conversations, consumption):
         part(checker, model)
 
 
@@ -73,6 +74,21 @@ def moderations(checker: Checker, model: str) -> None:
     parts = [{"type": "text", "text": "The wind"}, {"type": "text", "text": "came"}]
     for given in ("The wind", ["a", "b"], parts):
         checker.call("post /moderations", json={"model": "omni-moderation-latest", "input": given})
+
+
+def consumption(checker: Checker, model: str) -> None:
+    """What the calls before used, and limits on those to come."""
+    day = {"start_time": int(time.time()) - 3600, "group_by": ["project_id", "model"]}
+    for kind in ("completions", "embeddings", "moderations"):
+        checker.call(f"get /organization/usage/{kind}", query={**day, "bucket_width": "1m"})
+    checker.call("get /organization/costs", query={**day, "group_by": "line_item"})
+    project = {"project_id": "proj_default"}
+    checker.call("get /organization/projects/{project_id}/rate_limits", params=project)
+    checker.call(
+        "post /organization/projects/{project_id}/rate_limits/{rate_limit_id}",
+        params={**project, "rate_limit_id": "rl-*"},
+        json={"max_requests_per_1_minute": 100_000, "max_requests_per_1_day": 10_000_000},
+    )
 
 
 def _unscored_first_token(answer: Any) -> None:
