@@ -1,7 +1,7 @@
 """``/v1/organization/projects/{id}/rate_limits`` in OpenAI's shape, and ``/v1/organization/budgets``, which is ours.
 
-A project has a limit for each model and one for all of them together, whose id is ``rl-*``. No limit is null, and null
-lifts one. Money is in micro-units of the currency that prices are in.
+A project has a limit for each model and one for all of them together, whose id is ``rl-*``. OpenAI's shape has no word
+for no limit: it is :data:`NO_LIMIT`, and that or null lifts one. Money is in micro-units of the currency of prices.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from gale.server.listing import After, page_of
 from gale.server.listing import Limit as PageLimit
 
 _ALL_MODELS = "*"
+NO_LIMIT = 2**53 - 1  # the largest number that every reader of JSON has exactly
 _NAMES = {
     "max_requests_per_1_minute": "requests_per_minute",
     "max_tokens_per_1_minute": "tokens_per_minute",
     "max_requests_per_1_day": "requests_per_day",
     "max_concurrent_requests": "concurrency",
 }
+_ALWAYS = ("max_requests_per_1_minute", "max_tokens_per_1_minute")
 _KINDS: dict[str, ScopeKind] = {"organization": "organisation", "project": "project", "api_key": "key"}
 
 Count = Annotated[int, Field(ge=0, lt=INT64)]
@@ -87,7 +89,8 @@ def routes(engine: Engine, store: Store) -> APIRouter:
         known.update(each.model for each in await quotas.limits(scope))
         if not rate_limit_id.startswith("rl-") or model not in known:
             raise NotFoundError(f"There is no rate limit '{rate_limit_id[:100]}'.")
-        values = {ours: getattr(body, name) for name, ours in _NAMES.items() if name in body.model_fields_set}
+        asked = {ours: getattr(body, name) for name, ours in _NAMES.items() if name in body.model_fields_set}
+        values = {name: None if value is None or value >= NO_LIMIT else value for name, value in asked.items()}
         return _limit_object(await quotas.limit(scope, "" if model == _ALL_MODELS else model, values))
 
     @router.get("/budgets")
@@ -116,7 +119,8 @@ def _models(engine: Engine, store: Store, actor: Actor) -> list[str]:
 
 def _limit_object(limit: Limit) -> dict[str, Any]:
     name = limit.model or _ALL_MODELS
-    values = {shown: limit.values[ours] for shown, ours in _NAMES.items()}
+    values: dict[str, int] = dict.fromkeys(_ALWAYS, NO_LIMIT)
+    values |= {shown: value for shown, ours in _NAMES.items() if (value := limit.values[ours]) is not None}
     return {"object": "project.rate_limit", "id": f"rl-{name}", "model": name, **values}
 
 

@@ -52,7 +52,7 @@ def markdown(checker: Checker, parameters: dict[str, Parameters]) -> str:
         "",
         "Three answers are unlike the document on purpose. Two follow OpenAI's service, because its clients do: the",
         "first token of an echoed prompt has a score of null, and with `encoding_format: base64` a vector is a string.",
-        "And a project without a rate limit says null, as it would be wrong to name a number.",
+        "And a fine-tuning job that is paused says so.",
         "",
         "| group | offered | of | what is missing |",
         "|---|---|---|---|",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,21 @@ def moderations(checker: Checker, model: str) -> None:
     parts = [{"type": "text", "text": "The wind"}, {"type": "text", "text": "came"}]
     for given in ("The wind", ["a", "b"], parts):
         checker.call("post /moderations", json={"model": "omni-moderation-latest", "input": given})
+
+
+def consumption(checker: Checker, model: str) -> None:
+    """What the calls before used, and limits on those to come."""
+    day = {"start_time": int(time.time()) - 3600, "group_by": ["project_id", "model"]}
+    for kind in ("completions", "embeddings", "moderations"):
+        checker.call(f"get /organization/usage/{kind}", query={**day, "bucket_width": "1m"})
+    checker.call("get /organization/costs", query={**day, "group_by": "line_item"})
+    project = {"project_id": "proj_default"}
+    checker.call("get /organization/projects/{project_id}/rate_limits", params=project)
+    checker.call(
+        "post /organization/projects/{project_id}/rate_limits/{rate_limit_id}",
+        params={**project, "rate_limit_id": "rl-*"},
+        json={"max_requests_per_1_minute": 100_000, "max_requests_per_1_day": 10_000_000},
+    )
 
 
 def _unscored_first_token(answer: Any) -> None:
@@ -181,29 +197,10 @@ def fine_tuning(checker: Checker, model: str) -> None:
     checker.call("get /fine_tuning/jobs")
 
 
-def usage(checker: Checker, model: str) -> None:
-    since = {"start_time": 1}
-    for kind in ("completions", "embeddings", "moderations"):
-        checker.call(f"get /organization/usage/{kind}", query=since)
-    checker.call("get /organization/costs", query=since)
-    one = {"project_id": "proj_default"}
-    listing = "get /organization/projects/{project_id}/rate_limits"
-    limits = checker.call(listing, params=one, departure=_unlimited)["data"]
-    limit = {**one, "rate_limit_id": limits[0]["id"]}
-    change = {f"max_{name}": 1000 for name in ("requests_per_1_minute", "tokens_per_1_minute", "requests_per_1_day")}
-    checker.call("post /organization/projects/{project_id}/rate_limits/{rate_limit_id}", params=limit, json=change)
-
-
 def _paused(answer: Any) -> None:
     """A paused job is paused, of which state the document does not know."""
     assert answer["status"] == "paused"
     answer["status"] = "queued"
-
-
-def _unlimited(answer: Any) -> None:
-    """What has no limit says null, where OpenAI always has one."""
-    for limit in answer["data"]:
-        limit |= {name: 0 for name, value in limit.items() if value is None}
 
 
 def upload(checker: Checker, rows: list[dict[str, Any]], purpose: str) -> str:
@@ -224,5 +221,5 @@ PARTS = (
     uploads,
     batches,
     fine_tuning,
-    usage,
+    consumption,
 )

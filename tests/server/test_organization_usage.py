@@ -16,6 +16,7 @@ from gale.platform.budgets import BudgetKey, set_budget
 from gale.platform.ids import new_id
 from gale.platform.store import Store
 from gale.platform.usage import UsageEvent, write_events
+from gale.server.organization_quotas import NO_LIMIT
 from tests.server.live import Live
 
 HOUR_S = 3600
@@ -154,8 +155,8 @@ def test_rate_limits_are_listed_set_kept_to_and_lifted(server: Live, organizatio
     limits = organization.projects.rate_limits
     listed = limits.list_rate_limits("proj_default").data
     assert [(each.id, each.model, each.max_requests_per_1_minute) for each in listed] == [
-        ("rl-*", "*", None),
-        ("rl-scripted/one", "scripted/one", None),
+        ("rl-*", "*", NO_LIMIT),
+        ("rl-scripted/one", "scripted/one", NO_LIMIT),
     ]
     changed = limits.update_rate_limit("rl-scripted/one", project_id="proj_default", max_requests_per_1_minute=1)
     assert (changed.object, changed.max_requests_per_1_minute) == ("project.rate_limit", 1)
