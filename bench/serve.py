@@ -1,6 +1,7 @@
 """The engine beside transformers, llama.cpp and OpenVINO GenAI on a CPU: prefill, one stream, 8 and 32 at once.
 
     .venv/bin/python bench/serve.py [--peers PYTHON] [--shapes 134M 473M] [--threads 2]
+    .venv/bin/python bench/serve.py --latency | --memory | --neighbour
 
 The models have random weights, which cost as much as trained ones. PYTHON is an interpreter that has
 llama-cpp-python (built from its source distribution), openvino-genai and optimum-intel; without one Gale is compared
@@ -19,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,13 +90,16 @@ def main() -> None:
     arguments.add_argument("--only", nargs="+", choices=CONTENDERS, help="these rows alone")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--latency", action="store_true", help="only what people wait while others are answered")
+    arguments.add_argument("--memory", action="store_true", help="only what stays in memory, and how soon it is there")
+    arguments.add_argument("--neighbour", action="store_true", help="only its speed beside a process that computes")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--work", type=Path, default=HERE.parent / "runs" / "bench-serve", help="folder for models")
     arguments.add_argument("--out", type=Path, default=HERE / "results", help="folder for serve.json and serve.md")
     asked = arguments.parse_args()
-    if asked.latency:
-        waiting(asked)
-        return
+    for part, chosen in ((waiting, asked.latency), (memory, asked.memory), (neighbour, asked.neighbour)):
+        if chosen:
+            part(asked)
+            return
     results: dict[str, Any] = {"about": about(asked.threads, asked.peers)}
     for shape in asked.shapes:
         folder = asked.work / shape
@@ -177,12 +182,7 @@ def make_models(folder: Path, shape: str, peers: Path | None) -> None:
 
 def compare(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """All contenders, taking turns."""
-    contenders = []
-    for label, (engine, _) in CONTENDERS.items():
-        other = engine in ("llama.cpp", "OpenVINO")
-        if (other and not asked.peers) or (asked.only and label not in asked.only):
-            continue
-        contenders.append(start(label, folder, asked))
+    contenders = start_all(folder, asked)
     for _ in range(asked.rounds):
         for column in COLUMNS:
             for contender in contenders:
@@ -217,7 +217,17 @@ def compare(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def start(label: str, folder: Path, asked: argparse.Namespace) -> Contender:
+def start_all(folder: Path, asked: argparse.Namespace) -> list[Contender]:
+    """All that were asked for and can run here."""
+    contenders = []
+    for label, (engine, _) in CONTENDERS.items():
+        other = engine in ("llama.cpp", "OpenVINO")
+        if (asked.peers or not other) and (not asked.only or label in asked.only):
+            contenders.append(start(label, folder, asked))
+    return contenders
+
+
+def start(label: str, folder: Path, asked: argparse.Namespace, **variables: str) -> Contender:
     """A contender that has answered once."""
     engine, weights = CONTENDERS[label]
     python = str(asked.peers) if engine in ("llama.cpp", "OpenVINO") else sys.executable
@@ -230,13 +240,14 @@ def start(label: str, folder: Path, asked: argparse.Namespace) -> Contender:
         str(asked.threads),
         str(VOCABULARY),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads), "GALE_THREADS": str(asked.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads), "GALE_THREADS": str(asked.threads), **variables}
     quiet = subprocess.DEVNULL if not os.environ.get("BENCH_SHOW") else None
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
     )
     contender = Contender(label, process)
-    contender.ready = contender.read()["ready"]
+    contender.figures = contender.read()
+    contender.ready = contender.figures["ready"]
     contender.ask(1, 64, 4)  # warm
     return contender
 
@@ -260,6 +271,64 @@ def waiting(asked: argparse.Namespace) -> None:
                 f"| {gap:.1f} | {late:.1f} | {late / gap:.2f} |",
                 flush=True,
             )
+
+
+def memory(asked: argparse.Namespace) -> None:
+    """Print what Gale has in memory while it answers 8 prompts of 512 tokens, and when it is ready.
+
+    The first start rounds the weights and keeps them on disk. What is resident, at most, is told beside what must be:
+    the weights as they are served, and the keys and values of all tokens. "Without" leaves out what the process had
+    in memory before it opened the model: Python, torch and the engine's code.
+    """
+    from gale.core.settings import settings
+    from gale.model.kernels import available
+
+    available()  # builds them
+    print("| | first start, s | ready, s | resident, MiB | weights, MiB | keys and values, MiB | ratio | without |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in asked.shapes:
+        make_models(asked.work / shape, shape, None)
+        for label in ("Gale bf16", "Gale int8", "Gale int4"):
+            with tempfile.TemporaryDirectory() as home:
+                Path(home, "kernels").symlink_to(settings().home / "kernels")
+                first = start(label, asked.work / shape, asked, GALE_HOME=home)
+                first.process.communicate()  # and not terminated: it may be writing still
+                again = start(label, asked.work / shape, asked, GALE_HOME=home)
+                opened, figures = again.figures, again.ask(8, 512, 64)
+                again.process.terminate()
+            needed = opened["weight_bytes"] + 8 * (512 + 64) * opened["token_bytes"]
+            cells = [figures["most_resident"], opened["weight_bytes"], needed - opened["weight_bytes"]]
+            print(
+                f"| {shape}, {label} | {first.ready:.1f} | {again.ready:.1f} "
+                f"| {' | '.join(f'{each / 2**20:.0f}' for each in cells)} | {figures['most_resident'] / needed:.2f} "
+                f"| {(figures['most_resident'] - opened['resident_before']) / needed:.2f} |",
+                flush=True,
+            )
+
+
+def neighbour(asked: argparse.Namespace) -> None:
+    """Print tokens a second alone and beside a process that keeps one processor busy."""
+    columns = ("1 stream", "8 streams")
+    print(f"| | {' | '.join(f'{column}, alone | beside | share' for column in columns)} |")
+    print("|---" * (1 + 3 * len(columns)) + "|")
+    for shape in asked.shapes:
+        make_models(asked.work / shape, shape, asked.peers)
+        for contender in start_all(asked.work / shape, asked):
+            beside = Contender(contender.label, contender.process)
+            for _ in range(asked.rounds):
+                for column in columns:
+                    contender.measure(column)
+                    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+                        beside.measure(column)
+                        busy.kill()
+            contender.process.terminate()
+            cells = []
+            for column in columns:
+                pairs = list(zip(contender.speeds[column], beside.speeds[column], strict=True))
+                medians = [statistics.median(speeds) for speeds in zip(*pairs, strict=True)]
+                share = statistics.median(two / one for one, two in pairs)
+                cells.append(f"{medians[0]:.1f} | {medians[1]:.1f} | {share:.2f}")
+            print(f"| {shape}, {contender.label} | {' | '.join(cells)} |", flush=True)
 
 
 def table(shape: str, rows: list[dict[str, Any]]) -> str:

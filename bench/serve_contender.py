@@ -2,7 +2,7 @@
 
 Reads requests from stdin, a JSON line each: {"streams": B, "prompt": tokens, "new": tokens}; answers with the seconds
 and processor seconds from handing over B fresh random prompts until each has so many new tokens, chosen greedily, and
-with the process's resident memory. With "beside": tokens in it, Gale measures `latency`.
+with the process's resident memory, now and at most meanwhile. With "beside": tokens in it, Gale measures `latency`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def gale(folder: Path, weights: Any, threads: int) -> tuple[Generate, Waiting]:
     from gale.engine.options import EngineOptions
     from gale.engine.request import Finished, SamplingParams
 
+    resident = resident_bytes()[0]
     engine = LocalEngine.load(folder, EngineOptions(ngram_drafts=False), weights=weights)
+    ABOUT.update(model_bytes(engine._model), resident_before=resident)
     engine._end_tokens = frozenset()
     loop = asyncio.new_event_loop()
 
@@ -180,6 +182,32 @@ def openvino(folder: Path, weights: str, threads: int) -> Generate:
 ENGINES = {"Gale": gale, "transformers": transformers, "llama.cpp": llama_cpp, "OpenVINO": openvino}
 
 
+# What the engine says of itself beside how long it took to start.
+ABOUT: dict[str, int] = {}
+
+
+def model_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the weights as they are served, and of a token's keys and values."""
+    from gale.model.quantised import PackedLinear
+
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    weights = sum(layer.packed.nbytes + layer.scales.nbytes for layer in layers)
+    weights += sum(parameter.nbytes for parameter in model.parameters())
+    config, embedding = model.config, model.embed_tokens.weight
+    if config.tied_embeddings and model.lm_head.bits == 16:
+        weights -= embedding.nbytes  # the very same numbers, packed
+    token = 2 * config.layers * config.kv_heads * config.head_dim * embedding.element_size()
+    return {"weight_bytes": weights, "token_bytes": token}
+
+
+def most_resident_bytes(*, forget: bool = False) -> int:
+    """The most resident memory since the process began or since this was told to ``forget``."""
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def resident_bytes() -> tuple[int, int]:
     """Resident memory, and how much of it is files that are only mapped."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
@@ -195,7 +223,7 @@ def main() -> None:
     opened: Any = ENGINES[name](Path(folder), weights, int(threads))
     generate, waiting = opened if isinstance(opened, tuple) else (opened, None)
     ready = time.perf_counter() - began
-    os.write(out, (json.dumps({"ready": ready}) + "\n").encode())
+    os.write(out, (json.dumps({"ready": ready, **ABOUT}) + "\n").encode())
     draw = random.Random(0)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -208,11 +236,13 @@ def main() -> None:
             )
             os.write(out, (json.dumps(figures) + "\n").encode())
             continue
+        most_resident_bytes(forget=True)
         wall, cpu = time.perf_counter(), time.process_time()
         generate(prompts, asked["new"])
         figures = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         resident, mapped = resident_bytes()
-        os.write(out, (json.dumps({**figures, "resident": resident, "mapped": mapped}) + "\n").encode())
+        figures |= {"resident": resident, "mapped": mapped, "most_resident": most_resident_bytes()}
+        os.write(out, (json.dumps(figures) + "\n").encode())
 
 
 if __name__ == "__main__":

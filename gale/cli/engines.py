@@ -44,8 +44,8 @@ class EngineChoice:
 @contextmanager
 def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
     """The engine for a server on ``port``; whoever serves it closes it. Raises :class:`GaleError`."""
-    if choice.adapters and (choice.upstream is not None or choice.ray is not None):
-        raise GaleError("--adapter is for a model in this process, without --upstream and --ray.")
+    if choice.adapters and choice.upstream is not None:
+        raise GaleError("--adapter is for a model of this machine; an upstream has its own.")
     if choice.draft is not None and (choice.upstream is not None or choice.ray is not None):
         raise GaleError("--draft is for a model in this process, without --upstream and --ray.")
     if choice.upstream is not None:
@@ -80,6 +80,7 @@ def opened(choice: EngineChoice, *, port: int) -> Iterator[Engine]:
                 name=f"gale-{socket.gethostname()}-{port}",
                 options=options,
                 weights=choice.weights,
+                adapters=choice.adapters,
                 replicas=choice.replicas,
                 cpus=choice.replica_cpus,
                 gpus=choice.replica_gpus,

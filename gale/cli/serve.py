@@ -16,7 +16,7 @@ _UPSTREAM, _RAY = "Another server", "Replicas"
 def serve(
     model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or name; built-in if not given.")] = None,
     host: Annotated[
-        str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
+        str, typer.Option(help="Address to serve on; one that others reach needs keys (`gale admin init`).")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
     weights: Annotated[
@@ -48,6 +48,13 @@ def serve(
     files_quota: Annotated[
         float, typer.Option(min=0, metavar="GB", help="How many gigabytes of files a project may keep.")
     ] = 64.0,
+    public_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where people reach it, such as https://gale.example.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="A web page that may use the API with a key; may be repeated."),
+    ] = None,
     upstream: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),
@@ -91,6 +98,8 @@ def serve(
     from gale.platform.store import Store
     from gale.server.app import create_app
     from gale.server.lifecycle import Lifecycle
+    from gale.server.origins import Origins
+    from gale.server.page_sign_in import sign_in_url
     from gale.server.runner import address_of, listen, run
     from gale.server.self_test import check_scores
 
@@ -112,7 +121,7 @@ def serve(
         replica_cpus=replica_cpus,
         replica_gpus=replica_gpus,
     )
-    sock = listen(host, port)
+    origins = Origins(cors or [], public_url)
     store = Store.open(
         db or settings().database_url,
         exclusive=True,
@@ -120,12 +129,17 @@ def serve(
         file_limits=FileLimits(project_bytes=int(files_quota * 1000**3)),
     )
     try:
+        sock = listen(host, port, accounts=asyncio.run(store.sessions.accounts_exist()))
         with opened(choice, port=sock.getsockname()[1]) as engine:
             lifecycle = Lifecycle()
-            app = create_app(engine, store, lifecycle=lifecycle)
+            app = create_app(engine, store, lifecycle=lifecycle, origins=origins)
+            link = asyncio.run(store.sessions.owner_link())
 
             def say_ready() -> None:
                 print(f"Gale is ready at {address_of(sock, host)} - model {engine.model_id} - Ctrl-C stops", flush=True)
+                if link is not None:
+                    where = sign_in_url(public_url or address_of(sock, host), link.token)
+                    print(f"Make it yours (once, within a day): {where}", flush=True)
 
             async def serve_and_close() -> None:
                 try:

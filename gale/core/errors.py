@@ -7,6 +7,8 @@ with ``exit_code``. A traceback therefore always means a bug in Gale.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class GaleError(Exception):
     """What was wrong and, in ``hint``, what to do next."""
@@ -17,6 +19,16 @@ class GaleError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes, whatever a subclass is made from."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[GaleError], arguments: tuple[Any, ...], state: dict[str, Any]) -> GaleError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 class RecipeError(GaleError):

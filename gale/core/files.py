@@ -22,6 +22,10 @@ from typing import Any
 
 from gale.core.errors import GaleError
 
+# Asked once, since asking is changing it for an instant, in which another thread may make a file.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 def expand(path: str | Path) -> Path:
     """``path`` with a leading ``~`` or ``~name`` replaced by that person's home. Raises :class:`GaleError`."""
@@ -84,7 +88,7 @@ def write_bytes(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             # mkstemp makes files private; what we write is meant to be as readable as any other file.
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(0o666 & ~_UMASK)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -106,16 +110,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Fill a temporary file, piece by piece, that atomically becomes ``path`` when the block ends without an error."""
+def new_file(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Fill a temporary file, piece by piece, that atomically becomes ``path`` when the block ends without an error.
+
+    A ``private`` one can be read by its owner only, at every moment.
+    """
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        temporary = path.parent / f".{path.name}.{os.getpid()}-new"
+        # Random as well: on a disk that machines or containers share, another process has the same number.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
+        os.close(handle)
+        temporary = Path(name)
         try:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(0o600 if private else 0o666 & ~_UMASK)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -144,7 +155,7 @@ def new_directory(path: Path, *, marker: str | None = None) -> Iterator[Path]:
                 if file.is_file():
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
-            temporary.chmod(0o777 & ~_umask())
+            temporary.chmod(0o777 & ~_UMASK)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
                 path.replace(old)
@@ -225,9 +236,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # another person's
         return True
     return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from platformdirs import user_data_path
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gale.core import files
@@ -24,9 +24,18 @@ class Settings(BaseSettings):
     )
     threads: int = Field(default=0, ge=0, description="CPU threads for the model; 0 means one per available core.")
     kernels: bool = Field(default=True, description="Whether to use the native kernels; off means torch alone.")
+    kept_weights_gb: float = Field(
+        default=50, ge=0, description="Most that rounded weights of models opened before may take on disk."
+    )
     upstream_connect_s: float = Field(default=10, gt=0, description="Seconds until an upstream has to be reached.")
     upstream_read_s: float = Field(
         default=300, gt=0, description="Longest silence of an upstream or a replica, in seconds."
+    )
+    secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="What keys and sessions are hashed with; one file in the home folder if not given. Several "
+        "processes over one database need the same.",
     )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 

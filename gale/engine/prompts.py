@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from gale.core.errors import ModelError
+from gale.core.model_folder import read_json
 from gale.engine.reply import tools_for_template
 from gale.engine.request import ContextLengthError, PromptError, Tools
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
@@ -39,6 +43,20 @@ class Prompts:
             self._refuse_megabytes(written)
         return (template or self.template).prompt(messages, tools=shown)
 
+    def of_adapter(self, folder: Path) -> tuple[ChatTemplate | None, frozenset[int]]:
+        """The template of an adapter's own, and what ends its answers beside the model's, where it has a tokenizer.
+
+        Raises :class:`ModelError` for another tokenizer than the model's.
+        """
+        if not (folder / "tokenizer.json").is_file():
+            return None, frozenset()
+        tokenizer = Tokenizer.load(folder)
+        theirs = tokenizer.vocabulary
+        if any(theirs.get(token) != number for token, number in self._tokenizer.vocabulary.items()):
+            raise ModelError(f"The adapter {folder} was made with another tokenizer than the model's.")
+        own = tokenizer.chat_template
+        return None if own is None else ChatTemplate(own, self._tokenizer), end_tokens(folder, tokenizer)
+
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
         return self._tokenizer.token_bytes(token, control_tokens=control_tokens)
@@ -58,6 +76,17 @@ class Prompts:
         least = characters // self._tokenizer.longest_token_characters
         if least > self._context_length:
             raise ContextLengthError(least, self._context_length, at_least=True)
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end an answer: what ``generation_config.json``, ``config.json`` and the tokenizer name."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(folder / name).get("eos_token_id")
+        ids.update(token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
+    if tokenizer.eos_token is not None and (token := tokenizer.token_id(tokenizer.eos_token)) is not None:
+        ids.add(token)
+    return frozenset(ids)
 
 
 def _characters(value: object, *, whole: bool = False) -> int:

@@ -8,13 +8,15 @@ already is checked word for word and not said twice. That this is possible is wh
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import re
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -25,19 +27,26 @@ from gale.engine.local import LocalEngine
 from gale.engine.options import EngineOptions
 from gale.engine.prompts import Prompts
 from gale.engine.request import (
+    Decision,
+    Embeddings,
     EngineFailedError,
     EngineOverloadedError,
     Event,
     Finished,
+    Pooling,
     PromptScores,
     SamplingParams,
     TextDelta,
     Tools,
+    UnknownAdapterError,
 )
 from gale.model.checkpoint import load_tokenizer
 from gale.model.config import ModelConfig
 from gale.model.quantised import Weights
-from gale.text.template import Message
+from gale.text.template import ChatTemplate, Message
+
+Method = Literal["chat", "complete", "embed", "decide"]
+Answer = PromptScores | Event | Embeddings | Decision
 
 # A request that has outlived so many replicas may be what kills them.
 MOST_LOST = 2
@@ -49,47 +58,53 @@ log = structlog.get_logger()
 class Replica:
     """One copy of the model, in an actor of Ray Serve's."""
 
-    def __init__(self, folder: str, options: EngineOptions, weights: Weights) -> None:
+    def __init__(
+        self, folder: str, options: EngineOptions, weights: Weights, adapters: Mapping[str, str] | None = None
+    ) -> None:
         self._engine = LocalEngine.load(Path(folder), options, weights=weights)
+        for name, adapter in (adapters or {}).items():
+            self._engine.load_adapter(name, Path(adapter))
 
-    async def chat(
-        self, messages: list[Message], sampling: SamplingParams, tools: Tools | None
-    ) -> AsyncGenerator[Event | GaleError, None]:
-        """As the engine's, with its errors as last events: Ray would wrap them beyond recognition."""
-        events = self._engine.chat(messages, sampling, tools)
+    async def ask(self, method: Method, *asked: Any, **more: Any) -> AsyncGenerator[Answer | GaleError, None]:
+        """What the engine's ``method`` answers, an error of its own as the last event: Ray would wrap it beyond
+        recognition."""
         try:
-            async for event in events:
-                yield event
+            answer = getattr(self._engine, method)(*asked, **more)
+            if inspect.isawaitable(answer):
+                yield await answer
+                return
+            async with aclosing(answer) as events:
+                async for event in events:
+                    yield event
         except GaleError as error:
             yield error
-        finally:
-            await events.aclose()
-
-    async def complete(
-        self, prompt: list[int], sampling: SamplingParams
-    ) -> AsyncGenerator[PromptScores | Event | GaleError, None]:
-        """Likewise."""
-        events = self._engine.complete(prompt, sampling)
-        try:
-            async for event in events:
-                yield event
-        except GaleError as error:
-            yield error
-        finally:
-            await events.aclose()
 
 
 class ReplicaEngine:
     """Replicas of one model on the Ray cluster that this process has joined. Implements
-    :class:`gale.engine.request.Engine`; made by :meth:`start`.
+    :class:`gale.engine.request.Reader`; made by :meth:`start`.
+
+    ``templates`` are the adapters' own, by their names; None is the model's.
     """
 
-    def __init__(self, handle: Any, name: str, prompts: Prompts, *, model_id: str, context_length: int) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        name: str,
+        prompts: Prompts,
+        *,
+        model_id: str,
+        context_length: int,
+        embedding_size: int,
+        templates: Mapping[str, ChatTemplate | None] | None = None,
+    ) -> None:
         self._handle = handle
         self._name = name
         self._prompts = prompts
         self._model_id = model_id
         self._context_length = context_length
+        self._embedding_size = embedding_size
+        self._templates = dict(templates or {})
 
     @classmethod
     def start(
@@ -100,10 +115,13 @@ class ReplicaEngine:
         replicas: int,
         options: EngineOptions | None = None,
         weights: Weights = "bf16",
+        adapters: Mapping[str, Path] | None = None,
         cpus: float = 1.0,
         gpus: float = 0.0,
     ) -> ReplicaEngine:
-        """Start ``replicas`` of the model in ``folder``, which every machine of the cluster sees under that path.
+        """Start ``replicas`` of the model in ``folder`` with its ``adapters`` by name.
+
+        Every machine of the cluster sees them under those paths.
 
         Each is given ``cpus`` processors and ``gpus`` graphics cards. ``name`` is this front's among all that use the
         cluster: what one that was killed has left there under its name is cleared away first. Call within
@@ -125,6 +143,8 @@ class ReplicaEngine:
             vocabulary_size=config.vocabulary_size,
             context_length=config.context_length,
         )
+        paths = {adapter: str(path.resolve()) for adapter, path in (adapters or {}).items()}
+        templates = {adapter: prompts.of_adapter(Path(path))[0] for adapter, path in paths.items()}
         _require(ray.cluster_resources(), {"CPU": cpus * replicas, "GPU": gpus * replicas})
         deployment = serve.deployment(
             num_replicas=replicas,
@@ -148,7 +168,8 @@ class ReplicaEngine:
         if name in serve.status().applications:
             serve.delete(name)
         try:
-            handle = serve.run(deployment.bind(str(folder.resolve()), options, weights), name=name, route_prefix=None)
+            bound = deployment.bind(str(folder.resolve()), options, weights, paths)
+            handle = serve.run(bound, name=name, route_prefix=None)
         except BaseException as error:  # interrupted by the one who waited among them
             application = serve.status().applications.get(name)
             told = [each.message for each in application.deployments.values()] if application else []
@@ -157,7 +178,7 @@ class ReplicaEngine:
                 raise
             raise GaleError(
                 f"The replicas do not start: {_cause(told or [str(error)])}",
-                hint=f"Every machine of the cluster needs Gale, and {folder.resolve()} under that path.",
+                hint=f"Every machine of the cluster needs Gale, and {folder.resolve()} (and adapters) under that path.",
             ) from error
         return cls(
             handle.options(stream=True),
@@ -165,6 +186,8 @@ class ReplicaEngine:
             prompts,
             model_id=model_name(folder),
             context_length=config.context_length,
+            embedding_size=config.hidden_size,
+            templates=templates,
         )
 
     @property
@@ -174,15 +197,17 @@ class ReplicaEngine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """None: they are for a model in this process."""
-        return ()
+        """The names of the adapters that every replica has."""
+        return tuple(self._templates)
 
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
         return self._context_length
 
-    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
         """See :meth:`gale.engine.request.Engine.count_prompt_tokens`."""
         return len(self._prompts.encode_chat(messages, tools))
 
@@ -190,9 +215,20 @@ class ReplicaEngine:
         """See :meth:`gale.engine.request.Engine.encode`."""
         return self._prompts.encode(text)
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """See :meth:`gale.engine.request.Engine.encode_chat`."""
-        return self._prompts.encode_chat(messages)
+    def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
+        """See :meth:`gale.engine.request.Reader.encode_chat`."""
+        if adapter is not None and adapter not in self._templates:
+            raise UnknownAdapterError(adapter)
+        return self._prompts.encode_chat(messages, template=self._templates.get(adapter) if adapter else None)
+
+    def encode_text(self, text: str) -> list[int]:
+        """See :meth:`gale.engine.request.Reader.encode_text`."""
+        return self._prompts.encode_text(text)
+
+    @property
+    def embedding_size(self) -> int:
+        """See :meth:`gale.engine.request.Reader.embedding_size`."""
+        return self._embedding_size
 
     def token_bytes(self, token: int, *, control_tokens: bool = False) -> bytes:
         """See :meth:`gale.engine.request.Engine.token_bytes`."""
@@ -202,12 +238,33 @@ class ReplicaEngine:
         self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
     ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        return self._answer(self._handle.chat, sampling, messages, tools=tools)
+        return self._answer("chat", messages, _seeded(sampling), tools=tools)
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> AsyncGenerator[PromptScores | Event, None]:
         """See :meth:`gale.engine.request.Engine.complete`."""
         self._prompts.check(prompt)
-        return self._answer(self._handle.complete, sampling, prompt)
+        return self._answer("complete", prompt, _seeded(sampling))
+
+    async def embed(
+        self,
+        inputs: Sequence[str | list[int]],
+        *,
+        pooling: Pooling | None = None,
+        normalise: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None = None,
+    ) -> Embeddings:
+        """See :meth:`gale.engine.request.Reader.embed`. One replica reads all ``inputs``."""
+        how = {"pooling": pooling, "normalise": normalise, "dimensions": dimensions, "adapter": adapter}
+        async with aclosing(self._answer("embed", list(inputs), **how)) as answers:
+            embeddings: Embeddings = await anext(answers)
+        return embeddings
+
+    async def decide(self, prompt: list[int], labels: Sequence[str], *, adapter: str | None = None) -> Decision:
+        """See :meth:`gale.engine.request.Reader.decide`."""
+        async with aclosing(self._answer("decide", prompt, list(labels), adapter=adapter)) as answers:
+            decision: Decision = await anext(answers)
+        return decision
 
     async def close(self) -> None:
         """Stop the replicas, and with them all requests."""
@@ -215,18 +272,14 @@ class ReplicaEngine:
 
         await asyncio.to_thread(serve.delete, self._name)
 
-    async def _answer(
-        self, method: Any, sampling: SamplingParams, asked: Any, **more: Any
-    ) -> AsyncGenerator[Any, None]:
+    async def _answer(self, method: Method, *asked: Any, **more: Any) -> AsyncGenerator[Any, None]:
         """The events of one request, from as many replicas as it takes."""
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError
 
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        said: list[PromptScores | Event] = []
+        said: list[Answer] = []
         for _ in range(1 + MOST_LOST):
-            response = method.remote(asked, sampling, **more)
+            response = self._handle.ask.remote(method, *asked, **more)
             place = 0
             try:
                 while True:
@@ -241,7 +294,7 @@ class ReplicaEngine:
                         raise EngineFailedError(
                             "A replica was lost while it answered; another one answers differently."
                         )
-                    if isinstance(event, Finished):
+                    if isinstance(event, Finished | Embeddings | Decision):
                         return
                     place += 1
             except StopAsyncIteration as error:
@@ -267,7 +320,12 @@ class ReplicaEngine:
         raise EngineFailedError(f"{1 + MOST_LOST} replicas were lost while they answered this request.")
 
 
-def _differ(said: PromptScores | Event, event: PromptScores | Event) -> bool:
+def _seeded(sampling: SamplingParams) -> SamplingParams:
+    """With a seed, from which every replica makes the same answer."""
+    return sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(63))
+
+
+def _differ(said: Answer, event: Answer) -> bool:
     """Whether two answers part here. Scores may differ in their last digits from machine to machine."""
     if isinstance(said, TextDelta) and isinstance(event, TextDelta):
         tokens = [None if each.score is None else each.score.token for each in (said, event)]

@@ -17,7 +17,7 @@ from gale.core.errors import ModelError
 from gale.core.model_folder import read_json
 from gale.model.config import ModelConfig
 from gale.model.experts import ExpertWeights
-from gale.model.safetensors_file import MappedFile, read_header, write
+from gale.model.safetensors_file import MappedFile, forget, read_header, write
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 
@@ -77,13 +77,14 @@ def load_decoder(
         for path in weight_files(folder):
             mapped = MappedFile(path)
             for name, stored in _names(mapped.header, config):
+                weight = mapped.tensor(stored)
                 if name in beside:
                     with torch.no_grad():
-                        beside[name].copy_(mapped.tensor(stored))
-                elif kept := take(name, mapped.tensor(stored)):
+                        beside[name].copy_(weight)
+                elif kept := take(name, weight):
                     model.mapped_bytes += kept
                 else:
-                    mapped.forget(stored)
+                    forget(weight)
     return model.eval()
 
 

@@ -1,39 +1,35 @@
-"""Linear layers for answering: weights packed for the kernels and, if asked, rounded to 8 or 4 bits to be read faster.
+"""Matrices for answering: weights packed for the kernels and, if asked, rounded to 8 or 4 bits to be read faster.
 
 int8 has a scale for each output, int4 one for 32 inputs; activations are rounded to int8 token by token as they come
 (Dettmers et al. 2022 call this vector-wise; 4-bit groups as in GPTQ and llama.cpp's Q4_0). The packed weights are what
-the kernels read, and are kept on disk, so that a model is rounded once.
+the kernels read; rounded ones are kept on disk (:mod:`gale.model.kept_weights`).
 
-Shape suffixes as in :mod:`gale.model.transformer`; O outputs and I inputs of a layer, G groups of 32 inputs.
+Shape suffixes as in :mod:`gale.model.transformer` and :mod:`gale.model.experts`; O outputs and I inputs of a layer, G
+groups of 32 inputs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Literal
 
-import structlog
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from gale.core import files
-from gale.core.errors import GaleError, ModelError
-from gale.core.settings import settings
+from gale.core.errors import ModelError
 from gale.model import kernels
-from gale.model.checkpoint import weight_files
+from gale.model.experts import ExpertWeights
+from gale.model.kept_weights import KeptWeights
+from gale.model.lora import ROUTER
+from gale.model.safetensors_file import forget
 from gale.model.transformer import Decoder
 
 Weights = Literal["bf16", "int8", "int4"]
-log = structlog.get_logger()
 
+_BITS: dict[Weights, int] = {"bf16": 16, "int8": 8, "int4": 4}
 _GROUP = 32
-_LAYOUT = "1"  # of packed weights; a change makes those on disk worthless
 
 
 class PackedLinear(nn.Module):
@@ -67,7 +63,7 @@ class PackedLinear(nn.Module):
 
 
 def round_weight(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
-    """``packed`` and ``scales`` of :class:`PackedLinear`."""
+    """``packed`` and ``scales`` of :class:`PackedLinear`; 16 bits only with kernels."""
     if kernels.available():
         return kernels.pack(bits, weight_OC)
     wide_OC = weight_OC.float()
@@ -88,38 +84,98 @@ def round_weight(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
     return best_OGK.to(torch.int8), best_OG[..., 0]
 
 
-def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> None:
-    """Replace the linear layers of ``model`` by rounded ones or, for bf16 on a CPU with kernels for it, by packed ones.
+class PackedExperts(nn.Module):
+    """The matrices of all experts of a layer, in the place of a :class:`gale.model.experts.ExpertWeights`."""
 
-    The output head has int8 also where the rest has int4: it costs little there and much in quality. Embeddings and
-    experts stay as they are. With the model's ``folder`` what is rounded is kept under ``GALE_HOME`` and found again.
-    Raises :class:`ModelError` for rounding a model elsewhere than on a CPU.
+    def __init__(self, gate_up: list[PackedLinear], down: list[PackedLinear]) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.ModuleList(gate_up), nn.ModuleList(down)
+
+    def forward(self, x_AC: Tensor, counts: list[int]) -> Tensor:
+        """SwiGLU of each expert over its own slice of ``x_AC``, ``counts`` tokens long."""
+        pieces: list[Tensor] = []
+        for expert, x_NC in enumerate(x_AC.split(counts)):
+            if len(x_NC):
+                gate_NI, up_NI = self.gate_up_proj[expert](x_NC).chunk(2, dim=-1)
+                pieces.append(self.down_proj[expert](F.silu(gate_NI) * up_NI))
+        return torch.cat(pieces)
+
+
+def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> threading.Thread | None:
+    """Replace the matrices of ``model``, as it was opened, by rounded ones or, for bf16 on a CPU with kernels for it,
+    by packed ones. What they are made from leaves the memory.
+
+    The output head has int8 also where the rest has int4: it costs little there and much in quality. Embeddings stay as
+    they are, and a router is not rounded, since its scores decide too much. With the model's ``folder`` what is rounded
+    is kept on disk and found again: a thread may be writing it still, which is returned. Raises :class:`ModelError` for
+    rounding a model elsewhere than on a CPU.
     """
-    if weights == "bf16":
-        _pack(model)
-        return
-    if model.embed_tokens.weight.device.type != "cpu":
+    bits = _BITS[weights]
+    if bits < 16 and model.embed_tokens.weight.device.type != "cpu":
         raise ModelError("int8 and int4 weights are for CPUs.", hint="Leave out --weights on a GPU.")
-    bits = 8 if weights == "int8" else 4
-    kept = None if folder is None else _kept(folder, bits)
-    stored = _read(kept) if kept else {}
-    fresh: dict[str, Tensor] = {}
-    kept_bytes = 0
-    for name, layer in list(_linears(model)):
-        wanted = 8 if name == "lm_head" else bits
-        packed, scales = stored.get(f"{name}.packed"), stored.get(f"{name}.scales")
-        if packed is None or scales is None or not _fit(wanted, layer, packed, scales):
-            packed, scales = round_weight(wanted, layer.weight.detach())
-            fresh |= {f"{name}.packed": packed, f"{name}.scales": scales}
+    packer = _Packer(model, None if folder is None or bits == 16 else KeptWeights(folder, bits))
+    # By name: a list of the layers would hold them all until the end.
+    for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | ExpertWeights)]:
+        packer.replace(name, 16 if name.endswith(ROUTER) else 8 if name == "lm_head" and bits == 4 else bits)
+    return packer.keep()
+
+
+class _Packer:
+    """Replaces layers of ``model``; what is to be rounded is taken from ``kept`` where it fits."""
+
+    def __init__(self, model: Decoder, kept: KeptWeights | None) -> None:
+        self._model = model
+        self._kept = kept
+        self._rounded: dict[str, Tensor] = {}
+        self._complete = True  # all that is rounded was kept
+        like = model.embed_tokens.weight
+        self._packs_bf16 = like.dtype is torch.bfloat16 and like.device.type == "cpu" and kernels.has_bf16()
+
+    def replace(self, name: str, bits: int) -> None:
+        """One layer, or all experts of one; a layer that cannot be packed stays."""
+        old = self._model.get_submodule(name)
+        new: nn.Module
+        if isinstance(old, ExpertWeights):
+            stacks = [(kind, getattr(old, kind).detach()) for kind in ("gate_up_proj", "down_proj")]
+            if not all(self._can_pack(bits, stack_EOI) for _, stack_EOI in stacks):
+                return
+            new = PackedExperts(
+                *(
+                    [self._pack(f"{name}.{kind}.{expert}", bits, weight_OI) for expert, weight_OI in enumerate(stack)]
+                    for kind, stack in stacks
+                )
+            )
         else:
-            kept_bytes += packed.nbytes
-        _replace(model, name, PackedLinear(wanted, layer.out_features, packed, scales, layer.bias))
-    model.mapped_bytes += kept_bytes
-    if kept and fresh:
-        try:
-            files.write_bytes(kept, save(fresh))
-        except GaleError as error:  # it is only for the next start
-            log.warning("rounded_weights_not_kept", error=error.message)
+            assert isinstance(old, nn.Linear)
+            if not self._can_pack(bits, old.weight):
+                return
+            new = self._pack(name, bits, old.weight.detach(), old.bias)
+            # In the bf16 of a tied head is the embedding, which is read again where it is looked at.
+            if forget(old.weight) and old.weight is not self._model.embed_tokens.weight:
+                self._model.mapped_bytes -= old.weight.nbytes
+        parent, _, child = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, new)
+
+    def keep(self) -> threading.Thread | None:
+        """Write what was rounded for the next time, if any was; the thread that does it."""
+        return None if self._kept is None or self._complete else self._kept.keep(self._rounded)
+
+    def _can_pack(self, bits: int, weight: Tensor) -> bool:
+        return bits < 16 or (self._packs_bf16 and weight.shape[-1] % 2 == 0)
+
+    def _pack(self, name: str, bits: int, weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedLinear:
+        outputs, inputs = weight_OI.shape
+        packed = scales = None
+        if self._kept is not None and bits < 16:
+            packed, scales = self._kept.get(f"{name}.packed"), self._kept.get(f"{name}.scales")
+        if packed is None or scales is None or not _fit(bits, outputs, inputs, packed, scales):
+            packed, scales = round_weight(bits, weight_OI)
+            self._complete = False
+        else:
+            self._model.mapped_bytes += packed.nbytes
+        if bits < 16:
+            self._rounded |= {f"{name}.packed": packed, f"{name}.scales": scales}
+        return PackedLinear(bits, outputs, packed, scales, bias_O)
 
 
 def served_by_kernels(model: Decoder) -> bool:
@@ -129,59 +185,15 @@ def served_by_kernels(model: Decoder) -> bool:
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
         and kernels.can_attend()
-        and config.experts is None
         and config.attention_softcap is None
         and config.head_dim % 4 == 0
         and not any(isinstance(layer, nn.Linear) for layer in model.modules())
     )
 
 
-def _fit(bits: int, layer: nn.Linear, packed: Tensor, scales: Tensor) -> bool:
+def _fit(bits: int, outputs: int, inputs: int, packed: Tensor, scales: Tensor) -> bool:
     """Whether what was kept is of this layer's size: the kernels read as much as the layer says."""
     if not kernels.available():
-        return packed.dtype is torch.int8 and len(packed) == len(scales) == layer.out_features
-    sizes = kernels.packed_sizes(bits, layer.out_features, layer.in_features)
+        return packed.dtype is torch.int8 and len(packed) == len(scales) == outputs
+    sizes = kernels.packed_sizes(bits, outputs, inputs)
     return (packed.dtype, scales.dtype, packed.numel(), scales.numel()) == (torch.uint8, torch.float32, *sizes)
-
-
-def _pack(model: Decoder) -> None:
-    """bf16 weights in the order in which the kernels read them, which also makes a row independent of its batch."""
-    weight = model.embed_tokens.weight
-    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu" or not kernels.has_bf16():
-        return
-    for name, layer in list(_linears(model)):
-        if layer.in_features % 2 == 0:
-            packed, scales = kernels.pack(16, layer.weight.detach())
-            _replace(model, name, PackedLinear(16, layer.out_features, packed, scales, layer.bias))
-
-
-def _replace(model: Decoder, name: str, layer: PackedLinear) -> None:
-    parent, _, child = name.rpartition(".")
-    old = model.get_submodule(name).weight
-    if isinstance(old, Tensor) and old is not model.embed_tokens.weight:  # if it was mapped, it is not looked at again
-        model.mapped_bytes = max(0, model.mapped_bytes - old.nbytes)
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _linears(model: Decoder) -> Iterator[tuple[str, nn.Linear]]:
-    """Those that are worth it: a router's scores decide too much to be rounded."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and not name.endswith("mlp.gate"):
-            yield name, layer
-
-
-def _kept(folder: Path, bits: int) -> Path:
-    """Where the rounded weights of a folder are kept. Files are told apart by place, size and time, not by content."""
-    about = [_LAYOUT, str(bits), str(kernels.available())]
-    for path in weight_files(folder):
-        status = path.stat()
-        about += [str(path.resolve()), str(status.st_size), str(status.st_mtime_ns)]
-    key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:24]
-    return settings().home / "quantised" / f"{key}.safetensors"
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """What is kept there, mapped rather than read; nothing where it is damaged or was never written."""
-    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as weights:
-        return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
-    return {}

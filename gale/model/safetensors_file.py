@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Where the mappings of :class:`MappedFile` begin that some tensor still needs.
+_mappings: WeakKeyDictionary[mmap.mmap, int] = WeakKeyDictionary()
 
 
 class StoredTensor(NamedTuple):
@@ -92,6 +95,7 @@ class MappedFile:
                 )
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be mapped into memory: {error}") from error
+        _mappings[self._mapping] = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name."""
@@ -100,12 +104,21 @@ class MappedFile:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
 
-    def forget(self, name: str) -> None:
-        """Give back the memory of a tensor that was read and is not needed again; anything written to it is lost."""
-        _, _, begin, end = self.header[name]
-        begin -= begin % mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on macOS before Python 3.13
-            self._mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+def forget(tensor: Tensor) -> bool:
+    """Give back the memory of a tensor of a :class:`MappedFile` that is not needed now; what was written to it is lost.
+
+    It may still be looked at, and is then read again. Nothing happens to other tensors; says whether it is one.
+    """
+    for mapping, address in list(_mappings.items()):
+        begin = tensor.data_ptr() - address
+        if 0 <= begin < len(mapping):
+            # Whole pages only: of what shares one with its neighbours nothing may be lost.
+            first, end = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
+            if end > first and hasattr(mmap, "MADV_DONTNEED"):  # not on macOS before Python 3.13
+                mapping.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
+            return True
+    return False
 
 
 def write(

@@ -6,25 +6,46 @@ from pathlib import Path
 
 from gale.core.settings import settings
 from gale.platform.access import Actor
+from gale.platform.api_keys import ApiKeys
+from gale.platform.audit import AuditLog
 from gale.platform.conversations import Conversations
 from gale.platform.database import Database
 from gale.platform.file_folder import ABANDONED_S, FileFolder
 from gale.platform.files import FileLimits, Files, sweep
 from gale.platform.idempotency import Idempotency
+from gale.platform.identities import Identities
 from gale.platform.jobs import Jobs
+from gale.platform.journal import journal_folder
+from gale.platform.metering import Metering
+from gale.platform.organisations import Organisations, Projects
+from gale.platform.people import People, ServiceAccounts
 from gale.platform.responses import ItemConversations, Responses
+from gale.platform.secret import Secret
+from gale.platform.sessions import Sessions
 from gale.platform.uploads import Uploads
 
 
 class Store:
     """The open store. Close it when the service ends."""
 
-    def __init__(self, database: Database, folder: FileFolder, file_limits: FileLimits) -> None:
+    def __init__(
+        self,
+        database: Database,
+        secret: Secret | None = None,
+        usage_folder: Path | None = None,
+        *,
+        files: Path | None = None,
+        file_limits: FileLimits | None = None,
+    ) -> None:
         self.database = database
         self.jobs = Jobs(database)
         self.idempotency = Idempotency(database)
-        self.file_folder = folder
-        self.file_limits = file_limits
+        self.file_folder = FileFolder(files or settings().files)
+        self.file_limits = file_limits or FileLimits()
+        self.metering = Metering(database, usage_folder)
+        self._secret = secret or Secret()
+        self.organisations = Organisations(database)
+        self.sessions = Sessions(database, self._secret)
 
     def conversations(self, actor: Actor) -> Conversations:
         """The chat page's conversations of ``actor``."""
@@ -51,15 +72,40 @@ class Store:
         await sweep(self.database, self.file_folder, abandoned_s)
         await self.idempotency.sweep()
 
+    def identities(self) -> Identities:
+        """Who keys and sessions stand for; one for each application, which it belongs to."""
+        return Identities(self.database, self._secret)
+
+    def projects(self, actor: Actor) -> Projects:
+        """The projects of the organisation that ``actor`` administers."""
+        return Projects(self.database, actor)
+
+    def people(self, actor: Actor) -> People:
+        """Its people."""
+        return People(self.database, actor)
+
+    def service_accounts(self, actor: Actor, project_id: str) -> ServiceAccounts:
+        """The accounts of one of its projects that have keys only."""
+        return ServiceAccounts(self.database, actor, project_id)
+
+    def api_keys(self, actor: Actor, project_id: str | None) -> ApiKeys:
+        """The keys of one of its projects, or (None) those that administer it."""
+        return ApiKeys(self.database, self._secret, actor, project_id)
+
+    def audit_log(self, actor: Actor) -> AuditLog:
+        """What was done to it."""
+        return AuditLog(self.database, actor)
+
     @classmethod
     def open(
         cls, url: str, *, exclusive: bool = False, files: Path | None = None, file_limits: FileLimits | None = None
     ) -> Store:
         """Open and migrate the database at ``url`` as :meth:`Database.open` does, with the bytes of files in the folder
         ``files`` (one in GALE_HOME if not given). Blocks. Raises ``StoreError``."""
-        folder = FileFolder(files or settings().files)
-        return cls(Database.open(url, exclusive=exclusive), folder, file_limits or FileLimits())
+        database = Database.open(url, exclusive=exclusive)
+        return cls(database, usage_folder=journal_folder(url), files=files, file_limits=file_limits)
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""
+        self.metering.close()
         self.database.close()

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from gale.server.errors import ApiError, invalid, invalid_fields
-from gale.server.field_checks import INT64, Body, at_most
-from gale.server.openai_request import refuse_unsupported
+from gale.server.field_checks import INT64, Body, Parameters, Refused, at_most
 from gale.server.openai_sampling import Probability
 from gale.server.openai_schema import MOST_MESSAGES, MOST_STOP_CHARACTERS, ChatRequest
 from gale.server.openai_tools import MOST_TOOLS, FunctionName
 
 MOST_STOPS = 64
-# Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "cache_control": ({"type": "ephemeral"},),
-    "container": (),
-    "context_management": (),
-    "inference_geo": (),
-    "mcp_servers": ([],),
-    "output_config": ({},),
-    "service_tier": ("auto", "standard_only"),
-    "speed": ("standard",),
-    "thinking": ({"type": "disabled"},),
-}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 StopSequence = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
@@ -56,11 +43,20 @@ class AnthropicChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
-class CountRequest(BaseModel):
+class CountRequest(Parameters):
     """What is to be read: the part of a request that counts."""
 
-    # Unknown fields are kept to be looked through.
-    model_config = ConfigDict(strict=True, extra="allow")
+    unsupported: ClassVar[Refused] = {
+        "cache_control": ({"type": "ephemeral"},),
+        "container": (),
+        "context_management": (),
+        "inference_geo": (),
+        "mcp_servers": ([],),
+        "output_config": ({},),
+        "service_tier": ("auto", "standard_only"),
+        "speed": ("standard",),
+        "thinking": ({"type": "disabled"},),
+    }
 
     model: str
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -70,7 +66,6 @@ class CountRequest(BaseModel):
 
     def chat(self, **more: Any) -> ChatRequest:
         """The same as a chat request, whose checks and limits hold here too. Raises :class:`ApiError` 400."""
-        refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
         messages = [{"role": "system", "content": _text(self.system, "system")}] if self.system else []
         for place, turn in enumerate(self.messages):
             messages += _messages(turn, f"messages[{place}].content")

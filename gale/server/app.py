@@ -8,6 +8,7 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from gale import __version__
+from gale.assistant.moderation import Moderator
 from gale.engine.request import Engine, Reader
 from gale.platform.store import Store
 from gale.server import (
@@ -22,23 +23,26 @@ from gale.server import (
     openai_embeddings,
     openai_files,
     openai_models,
+    openai_moderations,
     openai_responses,
     openai_uploads,
     page_conversations,
+    page_sign_in,
     page_turns,
     rerank,
     static_page,
     tokenize,
 )
-from gale.server.batch_engine import patient
 from gale.server.batch_worker import BatchWorker
 from gale.server.caller import Identify
+from gale.server.cors import Cors
 from gale.server.edge import Edge, EdgeLimits
 from gale.server.housekeeping import keep_house
 from gale.server.idempotent import Idempotent
 from gale.server.in_process import InProcess
 from gale.server.lifecycle import Lifecycle
-from gale.server.local_guard import LocalGuard
+from gale.server.metered import Metered
+from gale.server.origins import Origins
 from gale.server.sse import StreamLimits
 
 # Where `npm run build` puts the page; part of the wheel.
@@ -53,38 +57,43 @@ def create_app(
     lifecycle: Lifecycle | None = None,
     edge_limits: EdgeLimits | None = None,
     stream_limits: StreamLimits | None = None,
+    origins: Origins | None = None,
 ) -> FastAPI:
     """The ASGI application for one engine and one store, both of which the caller opens and closes.
 
-    For loopback addresses only: nothing here asks who the caller is (see :mod:`gale.server.local_guard`). A
-    ``lifecycle`` lets the caller drain the application before stopping it.
+    For loopback addresses only until ``store`` has accounts (see :mod:`gale.server.caller`). A ``lifecycle`` lets the
+    caller drain the application before stopping it; ``origins`` says which web pages may use it.
     """
+    origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
     stream_limits = stream_limits or StreamLimits()
+    lifecycle.background.append(store.metering.run)
     # Without /docs, which loads its scripts from a foreign host; and without redirects, which would be built from
     # whatever the Host header says.
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
-    for router in _answering(engine, store, lifecycle, stream_limits):
+    answering = _answering(engine, store, lifecycle, stream_limits)
+    for router in answering:
         app.include_router(router)
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_conversations.routes(store))
     app.include_router(openai_files.routes(store))
     app.include_router(openai_uploads.routes(store))
-    batched = _answering(patient(engine), store, lifecycle, stream_limits)
-    endpoints, paths = openai_batches.endpoints_app(batched)
+    endpoints, paths = openai_batches.endpoints_app(answering)
     worker = BatchWorker(store, InProcess(endpoints))
     app.include_router(openai_batches.routes(store, worker, paths))
     app.include_router(tokenize.routes(engine))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
-    static_page.install(app, static)
-    lifecycle.background += [worker.run, partial(keep_house, store)]
+    app.include_router(page_sign_in.routes(store, identities, origins))
+    page_files = static_page.install(app, static)
+    lifecycle.background += [worker.run, partial(keep_house, store), identities.keep_last_use]
     # The one added last is the outermost.
     app.add_middleware(Idempotent, kept=store.idempotency)
-    app.add_middleware(Identify)
-    app.add_middleware(LocalGuard)
+    app.add_middleware(Metered, metering=store.metering)
+    app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
+    app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
     return app
 
@@ -95,6 +104,7 @@ def _answering(engine: Engine, store: Store, lifecycle: Lifecycle, limits: Strea
         openai_chat.routes(engine, lifecycle, limits),
         openai_completions.routes(engine, lifecycle, limits),
         openai_responses.routes(engine, store, lifecycle, limits),
+        openai_moderations.routes(Moderator(), lifecycle),
         anthropic_messages.routes(engine, lifecycle, limits),
     ]
     if isinstance(engine, Reader):

@@ -14,11 +14,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from gale.engine.request import ContextLengthError, PromptError, Reader
+from gale.server.caller import engine_of
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, invalid, too_long
+from gale.server.field_checks import Parameters
 from gale.server.json_body import read_json, request_schema
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_completion_schema import prompt_list
@@ -33,10 +35,8 @@ MOST_LABEL_CHARACTERS = 256
 Label = Annotated[str, Field(min_length=1, max_length=MOST_LABEL_CHARACTERS)]
 
 
-class DecisionRequest(BaseModel):
+class DecisionRequest(Parameters):
     """The request: one of ``messages`` and ``prompt``, and the labels."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
@@ -51,15 +51,16 @@ def routes(engine: Reader, lifecycle: Lifecycle) -> APIRouter:
     @router.post("/v1/decisions", response_model=None, openapi_extra=request_schema(DecisionRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, DecisionRequest)
-        adapter = require_model(engine, body.model)
+        metered = engine_of(request, engine)
+        adapter = require_model(metered, body.model)
         if (body.messages is None) == (body.prompt is None):
             raise invalid("prompt", "give either it or 'messages'")
         if len(set(body.labels)) < len(body.labels):
             raise invalid("labels", "no two of them may be equal")
         param = "prompt" if body.messages is None else "messages"
         try:
-            prompt = await asyncio.to_thread(_prompt, engine, body, adapter)
-            work = engine.decide(prompt, body.labels, adapter=adapter)
+            prompt = await asyncio.to_thread(_prompt, metered, body, adapter)
+            work = metered.decide(prompt, body.labels, adapter=adapter)
             decision = await while_wanted(request.receive, lifecycle, work)
         except ContextLengthError as error:
             raise too_long(error, param) from error

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gale.server.body_limit import BodyLimit, LimitedBody
-from gale.server.errors import ApiError, internal_error
+from gale.server.errors import AccessEndedError, ApiError, internal_error
 from gale.server.lifecycle import Lifecycle
 
 log = structlog.get_logger("gale.server")
@@ -70,12 +70,15 @@ class Edge:
             return
         headers = Headers(scope=scope)
         exchange = _Exchange(scope, _request_id(headers), send)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
         body = LimitedBody(receive, exchange.send, self._limits.body_of(scope))
         self._in_progress += 1
         try:
             self._check(scope, headers)
             body.check_length(headers)
             await self._app(scope, body.receive, body.send)
+        except AccessEndedError:
+            log.info("answer cut short", reason="access ended", request_id=exchange.request_id)
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request failed", request_id=exchange.request_id)

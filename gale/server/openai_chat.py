@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from gale.engine.request import (
     Engine,
@@ -23,11 +23,12 @@ from gale.engine.request import (
     ToolCallDelta,
     Usage,
 )
+from gale.server.caller import engine_of
 from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError
 from gale.server.json_body import read_json, request_schema
-from gale.server.json_text import to_json
+from gale.server.json_text import json_response, to_json
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_answer import Answer, delta_object, finish_reason
 from gale.server.openai_logprobs import chat_logprobs
@@ -43,12 +44,13 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=request_schema(ChatRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, ChatRequest)
-        asked = to_engine(body, engine)
+        metered = engine_of(request, engine)
+        asked = to_engine(body, metered)
         if body.stream:
-            chunks = _stream(engine, asked, include_usage=body.include_usage)
+            chunks = _stream(metered, asked, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
-        work = _whole(engine, asked)
-        return JSONResponse(await while_wanted(request.receive, lifecycle, work))
+        work = _whole(metered, asked)
+        return await json_response(await while_wanted(request.receive, lifecycle, work))
 
     return router
 

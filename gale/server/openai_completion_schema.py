@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from gale.server.field_checks import INT64, stop_list
+from gale.server.field_checks import INT64, Refused, stop_list
 from gale.server.openai_sampling import SamplingFields
 from gale.server.openai_schema import StopString, StreamOptions
 
@@ -49,6 +49,24 @@ def _is_token(value: Any) -> bool:
 
 class CompletionRequest(SamplingFields):
     """The request, checked field by field; what concerns several fields or the model follows in openai_completions."""
+
+    unsupported: ClassVar[Refused] = {
+        "best_of": (1,),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "ignore_eos": (False,),
+        "min_tokens": (0,),
+        "prompt_logprobs": (),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "suffix": ("",),
+    }
+    advice: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("guided_choice", "guided_grammar", "guided_json", "guided_regex", "response_format", "structured_outputs"),
+        "POST /v1/chat/completions takes it.",
+    )
 
     model: str
     prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list(MOST_CHOICES))]

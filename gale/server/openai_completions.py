@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from gale.engine.request import (
     ContextLengthError,
@@ -27,37 +27,23 @@ from gale.engine.request import (
     TextDelta,
     Usage,
 )
+from gale.server.caller import engine_of
 from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, invalid
 from gale.server.json_body import read_json, request_schema
-from gale.server.json_text import to_json
+from gale.server.json_text import json_response, to_json, to_json_aside
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_answer import finish_reason
 from gale.server.openai_chat import usage_object
 from gale.server.openai_completion_schema import MOST_CHOICES, CompletionRequest
 from gale.server.openai_logprobs import MOST_SCORES, LogprobLists
 from gale.server.openai_models import require_model
-from gale.server.openai_request import refuse_unsupported
 from gale.server.openai_sampling import seed_of
 from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
 from gale.server.tokenize import text_of
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-# Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "ignore_eos": (False,),
-    "min_tokens": (0,),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "suffix": ("",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +80,8 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
     @router.post("/v1/completions", response_model=None, openapi_extra=request_schema(CompletionRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, CompletionRequest)
-        jobs = await asyncio.to_thread(_jobs, body, engine)
+        metered = engine_of(request, engine)
+        jobs = await asyncio.to_thread(_jobs, body, metered)
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -102,10 +89,10 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
             "model": body.model,
         }
         if body.stream:
-            chunks = _stream(engine, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
+            chunks = _stream(metered, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
-        work = _whole(engine, jobs, head, copies=body.n or 1)
-        return JSONResponse(await while_wanted(request.receive, lifecycle, work))
+        work = _whole(metered, jobs, head, copies=body.n or 1)
+        return await json_response(await while_wanted(request.receive, lifecycle, work))
 
     return router
 
@@ -119,7 +106,6 @@ async def completed(engine: Engine, body: CompletionRequest) -> list[dict[str, A
 
 def _jobs(body: CompletionRequest, engine: Engine) -> list[_Job]:
     """Every choice that is asked for, those of one prompt together. Raises :class:`ApiError` 400 or 404."""
-    refuse_unsupported(body.model_extra or {}, _UNSUPPORTED)
     adapter = require_model(engine, body.model)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "it is only allowed together with 'stream': true")
@@ -176,7 +162,9 @@ async def _stream(
         async for _, piece in pieces:
             if piece.usage is not None:
                 last.append(piece)
-            yield ServerSentEvent(to_json({**head, "choices": [piece.choice]}))
+            chunk = {**head, "choices": [piece.choice]}
+            many = piece.logprobs is not None and len(piece.logprobs["tokens"]) > 1  # of a prompt
+            yield ServerSentEvent((await to_json_aside(chunk)).decode() if many else to_json(chunk))
     finally:
         await pieces.aclose()
     if include_usage:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from gale.engine.request import ContextLengthError, Embeddings, Pooling, PromptError, Reader
+from gale.server.caller import engine_of
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, invalid, too_long
+from gale.server.field_checks import Parameters, Refused
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
@@ -25,10 +28,27 @@ MOST_INPUTS = 2048
 MOST_TOKENS = 300_000
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Parameters):
     """The request; ``pooling`` and ``normalize`` are ours."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    # Of vLLM, Jina, Cohere and Voyage.
+    unsupported: ClassVar[Refused] = {
+        "add_special_tokens": (True,),
+        "chat_template": (),
+        "embed_dtype": ("float32",),
+        "embedding_type": ("float",),
+        "embedding_types": (["float"],),
+        "input_type": (),
+        "late_chunking": (False,),
+        "messages": (),
+        "output_dimension": (),
+        "output_dtype": ("float",),
+        "task": (),
+        "truncate": ("NONE",),
+        "truncate_prompt_tokens": (),
+        "truncation": (False,),
+    }
+    advice: ClassVar[Mapping[str, str]] = {"output_dimension": "Use 'dimensions'."}
 
     model: str
     input: Annotated[list[str | list[int]], BeforeValidator(prompt_list(MOST_INPUTS))]
@@ -46,11 +66,12 @@ def routes(engine: Reader, lifecycle: Lifecycle) -> APIRouter:
     @router.post("/v1/embeddings", response_model=None, openapi_extra=request_schema(EmbeddingRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, EmbeddingRequest)
-        adapter = require_model(engine, body.model)
+        metered = engine_of(request, engine)
+        adapter = require_model(metered, body.model)
         if body.dimensions is not None and body.dimensions > engine.embedding_size:
             raise invalid("dimensions", f"this model's vectors have {engine.embedding_size}")
-        texts = await asyncio.to_thread(_tokens, engine, body.input)
-        work = engine.embed(
+        texts = await asyncio.to_thread(_tokens, metered, body.input)
+        work = metered.embed(
             texts,
             pooling=body.pooling,
             normalise=body.normalize is not False,

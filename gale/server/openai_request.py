@@ -1,14 +1,8 @@
-"""A checked chat request as the engine takes it, and what is refused on the way.
-
-A field that we do not know is ignored. A field that we do know and cannot honour is refused: an answer that silently
-lacks what was asked for is worse than an error.
-"""
+"""A checked chat request as the engine takes it, and what is refused on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gale.engine.request import Engine, SamplingParams, Tools
 from gale.server.errors import ApiError, invalid
@@ -17,33 +11,6 @@ from gale.server.openai_models import require_model
 from gale.server.openai_sampling import seed_of
 from gale.server.openai_schema import ChatMessage, ChatRequest
 from gale.text.template import Message
-
-# Parameters that Gale does not have yet, each with the values that ask for nothing. All may also be null.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "ignore_eos": (False,),
-    "min_tokens": (0,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "prompt_cache_options": (),
-    "prompt_logprobs": (),
-    "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "truncate_prompt_tokens": (),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +30,6 @@ class Asked:
 
 def to_engine(request: ChatRequest, engine: Engine) -> Asked:
     """What to ask of ``engine``. Raises :class:`ApiError` 400, or 404 for another model's name."""
-    refuse_unsupported(request.model_extra or {}, _UNSUPPORTED)
     adapter = require_model(engine, request.model)
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "it is only allowed together with 'stream': true")
@@ -84,23 +50,6 @@ def to_engine(request: ChatRequest, engine: Engine) -> Asked:
         raise invalid("logprobs", f"this may need more than {MOST_SCORES:,} scores; ask for fewer tokens or choices")
     each = [replace(sampling, seed=seed_of(request.seed, choice)) for choice in range(choices)]
     return Asked(to_messages(request.messages), each, tools, field, bool(request.return_tokens_as_token_ids))
-
-
-def refuse_unsupported(extra: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises :class:`ApiError` 400 for a field of ``unsupported`` that asks for something: whose value is neither null
-    nor one of those listed there."""
-    for name, value in extra.items():
-        harmless = unsupported.get(name)
-        if harmless is None or value is None:
-            continue
-        # By type as well: True equals 1 in Python and is no number in JSON.
-        if not any(type(value) is type(allowed) and value == allowed for allowed in harmless):
-            raise ApiError(
-                400,
-                f"The parameter '{name}' with this value is not supported.",
-                code="unsupported_parameter",
-                param=name,
-            )
 
 
 def _token_limit(request: ChatRequest, context_length: int) -> int | None:

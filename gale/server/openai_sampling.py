@@ -7,10 +7,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from gale.engine.request import SamplingParams
-from gale.server.field_checks import INT64, at_most
+from gale.server.field_checks import INT64, Parameters, at_most
 
 MOST_BIASES = 1024
 MOST_STOP_TOKENS = 128
@@ -32,11 +32,8 @@ TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,17})$")]
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Parameters):
     """The fields themselves; all may be null."""
-
-    # Unknown fields are kept to be looked through.
-    model_config = ConfigDict(strict=True, extra="allow")
 
     temperature: Temperature | None = None
     top_p: Probability | None = None

@@ -5,12 +5,12 @@ Types are strict (``"max_tokens": true`` is no number) and every optional field 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from gale.server.field_checks import INT64, Body, at_most, stop_list
+from gale.server.field_checks import INT64, Body, Refused, at_most, stop_list
 from gale.server.openai_sampling import SamplingFields
 from gale.server.openai_tools import ToolFields
 
@@ -84,6 +84,32 @@ class StreamOptions(Body):
 
 class ChatRequest(SamplingFields, ToolFields):
     """The request, checked field by field; what concerns several fields or the model follows in openai_request."""
+
+    unsupported: ClassVar[Refused] = {
+        "add_generation_prompt": (True,),
+        "allowed_token_ids": (),
+        "audio": (),
+        "bad_words": ([],),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "echo": (False,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "ignore_eos": (False,),
+        "min_tokens": (0,),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "prompt_cache_options": (),
+        "prompt_logprobs": (),
+        "reasoning_effort": ("none",),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "truncate_prompt_tokens": (),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from gale.engine.request import Grammar, Tools
 from gale.server.errors import ApiError, invalid
-from gale.server.field_checks import Body, at_most
+from gale.server.field_checks import Body, Parameters, at_most
 
 MOST_TOOLS = 128
 MOST_OPTIONS = 10_000
@@ -95,10 +95,8 @@ class StructuredOutputs(Body):
     grammar: str | None = None
 
 
-class ToolFields(BaseModel):
+class ToolFields(Parameters):
     """The fields themselves; all may be null."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     tools: Annotated[list[Tool] | None, at_most(MOST_TOOLS)] = None
     tool_choice: Annotated[ToolChoice | None, BeforeValidator(_tool_choice)] = None

@@ -6,16 +6,19 @@ Ours are ``method`` and ``prompt``, see :mod:`gale.assistant.rerank`.
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from gale.assistant.rerank import PROMPT, DocumentLengthError, Method, rerank
 from gale.engine.request import Reader
+from gale.server.caller import engine_of
 from gale.server.disconnect import while_wanted
 from gale.server.errors import invalid, too_long
+from gale.server.field_checks import Parameters, Refused
 from gale.server.json_body import read_json, request_schema
 from gale.server.lifecycle import Lifecycle
 from gale.server.openai_embeddings import read_usage
@@ -31,10 +34,23 @@ def _documents(value: Any) -> Any:
     return [each.get("text") if isinstance(each, dict) else each for each in value]
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(Parameters):
     """The request."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    # Of vLLM, Jina, Cohere and Voyage.
+    unsupported: ClassVar[Refused] = {
+        "max_chunks_per_doc": (),
+        "max_doc_length": (),
+        "max_query_length": (),
+        "max_tokens_per_doc": (),
+        "rank_fields": (["text"],),
+        "return_embeddings": (False,),
+        "top_k": (),
+        "truncate": ("NONE",),
+        "truncate_prompt_tokens": (),
+        "truncation": (False,),
+    }
+    advice: ClassVar[Mapping[str, str]] = {"top_k": "Use 'top_n'."}
 
     model: str
     query: Annotated[str, Field(min_length=1)]
@@ -52,11 +68,12 @@ def routes(engine: Reader, lifecycle: Lifecycle) -> APIRouter:
     @router.post("/v1/rerank", response_model=None, openapi_extra=request_schema(RerankRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, RerankRequest)
-        adapter = require_model(engine, body.model)
+        metered = engine_of(request, engine)
+        adapter = require_model(metered, body.model)
         prompt = PROMPT if body.prompt is None else body.prompt
         if "{query}" not in prompt or "{document}" not in prompt:
             raise invalid("prompt", "it must have the places {query} and {document}")
-        work = rerank(engine, body.query, body.documents, method=body.method or "yes", prompt=prompt, adapter=adapter)
+        work = rerank(metered, body.query, body.documents, method=body.method or "yes", prompt=prompt, adapter=adapter)
         try:
             ranking = await while_wanted(request.receive, lifecycle, work)
         except DocumentLengthError as error:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from gale.server.errors import ApiError, invalid, invalid_fields
-from gale.server.field_checks import INT64, Body, at_most
-from gale.server.openai_request import refuse_unsupported
+from gale.server.field_checks import INT64, Body, Parameters, Refused, at_most
 from gale.server.openai_sampling import Probability, Temperature
 from gale.server.openai_schema import MOST_IDENTIFIER_CHARACTERS, MOST_METADATA, MOST_TOP_LOGPROBS, ChatRequest
 from gale.server.openai_tools import MOST_TOOLS, FunctionName
 
 FEWEST_OUTPUT_TOKENS = 16  # OpenAI's
 LOGPROBS = "message.output_text.logprobs"
-# Parameters that Gale does not have here, each with the values that ask for nothing. All may also be null.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "context_management": ([],),
-    "max_tool_calls": (),
-    "moderation": (),
-    "personality": (),
-    "prompt": (),
-    "prompt_cache_options": (),
-    "reasoning": ({}, {"effort": "none"}, {"effort": None, "summary": None}),
-    "service_tier": ("auto", "default"),
-    "truncation": ("disabled",),
-}
 # What the checks of a chat call what is called otherwise here.
 _NAMES = {
     "messages": "input",
@@ -74,11 +61,20 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseRequest(BaseModel):
+class ResponseRequest(Parameters):
     """The request, checked field by field."""
 
-    # Unknown fields are kept to be looked through.
-    model_config = ConfigDict(strict=True, extra="allow")
+    unsupported: ClassVar[Refused] = {
+        "context_management": ([],),
+        "max_tool_calls": (),
+        "moderation": (),
+        "personality": (),
+        "prompt": (),
+        "prompt_cache_options": (),
+        "reasoning": ({}, {"effort": "none"}, {"effort": None, "summary": None}),
+        "service_tier": ("auto", "default"),
+        "truncation": ("disabled",),
+    }
 
     model: str
     input: Any = None
@@ -106,7 +102,6 @@ class ResponseRequest(BaseModel):
 
     def check(self) -> None:
         """What concerns several fields. Raises :class:`ApiError` 400."""
-        refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
         if self.previous_response_id is not None and self.conversation is not None:
             raise invalid("conversation", "give it or 'previous_response_id', not both")
         if self.stream_options is not None and not self.stream:

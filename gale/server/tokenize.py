@@ -6,35 +6,34 @@ Raw text is read as ``/v1/completions`` reads it: control tokens that are spelle
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from gale.engine.request import Engine
+from gale.server.caller import engine_of
 from gale.server.errors import ApiError
-from gale.server.field_checks import INT64, at_most
+from gale.server.field_checks import INT64, Parameters, Refused, at_most
 from gale.server.json_body import read_json, request_schema
 from gale.server.openai_models import require_model
-from gale.server.openai_request import refuse_unsupported, to_messages
+from gale.server.openai_request import to_messages
 from gale.server.openai_schema import MOST_MESSAGES, ChatMessage
 
 _MOST_TOKENS = 2**18
-# What vLLM has beside and Gale has not, each with the values that ask for nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "return_token_strs": (False,),
-    "tools": ([],),
-}
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Parameters):
     """A text or a conversation."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    unsupported: ClassVar[Refused] = {
+        "add_generation_prompt": (True,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "return_token_strs": (False,),
+        "tools": ([],),
+    }
 
     model: str | None = None
     prompt: str | None = None
@@ -42,10 +41,8 @@ class TokenizeRequest(BaseModel):
     add_special_tokens: bool | None = None  # there are none to add or to leave out
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Parameters):
     """Tokens."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=INT64)]], at_most(_MOST_TOKENS)]
@@ -58,8 +55,7 @@ def routes(engine: Engine) -> APIRouter:
     @router.post("/tokenize", openapi_extra=request_schema(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await read_json(request, TokenizeRequest)
-        refuse_unsupported(body.model_extra or {}, _UNSUPPORTED)
-        require_model(engine, engine.model_id if body.model is None else body.model)
+        require_model(engine_of(request, engine), engine.model_id if body.model is None else body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "Give one of 'prompt' and 'messages'.", code="invalid_value", param="prompt")
         if body.messages is not None:
@@ -71,7 +67,7 @@ def routes(engine: Engine) -> APIRouter:
     @router.post("/detokenize", openapi_extra=request_schema(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, str]:
         body = await read_json(request, DetokenizeRequest)
-        require_model(engine, engine.model_id if body.model is None else body.model)
+        require_model(engine_of(request, engine), engine.model_id if body.model is None else body.model)
         return {"prompt": await asyncio.to_thread(text_of, engine, body.tokens)}
 
     return router

@@ -30,7 +30,7 @@ QUESTION = [{"role": "user", "content": "Where does the river go?"}]
 
 def run(checker: Checker, model: str) -> None:
     """Make all the calls."""
-    for part in (models, chat, completions, vectors, responses, conversations):
+    for part in (models, chat, completions, vectors, moderations, responses, conversations):
         part(checker, model)
 
 
@@ -67,6 +67,12 @@ def vectors(checker: Checker, model: str) -> None:
         checker.call("post /embeddings", json={"model": model, "input": "The wind", **kind})
     packed = {"model": model, "input": "The wind", "encoding_format": "base64"}
     checker.call("post /embeddings", json=packed, departure=_packed_vectors)
+
+
+def moderations(checker: Checker, model: str) -> None:
+    parts = [{"type": "text", "text": "The wind"}, {"type": "text", "text": "came"}]
+    for given in ("The wind", ["a", "b"], parts):
+        checker.call("post /moderations", json={"model": "omni-moderation-latest", "input": given})
 
 
 def _unscored_first_token(answer: Any) -> None:

@@ -55,6 +55,17 @@ def test_a_file_written_piece_by_piece_appears_only_when_it_is_complete(tmp_path
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "1"}
 
 
+def test_two_who_write_the_same_file_at_once_do_not_meet_even_with_one_process_number(tmp_path: Path) -> None:
+    with files.new_file(tmp_path / "a") as one:
+        one.write_text("1")
+        with files.new_file(tmp_path / "a") as other:
+            other.write_text("2")
+        assert (tmp_path / "a").read_text() == "2"
+    assert (tmp_path / "a").read_text() == "1"
+    files.write_text(tmp_path / "b", "")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     with files.new_directory(tmp_path / "out") as folder:
         (folder / "a").write_text("1")

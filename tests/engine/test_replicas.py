@@ -24,16 +24,21 @@ from gale.engine.prompts import Prompts
 from gale.engine.replicas import MOST_LOST, ReplicaEngine, _require
 from gale.engine.request import (
     ContextLengthError,
+    Decision,
+    Embeddings,
     EngineFailedError,
     EngineOverloadedError,
     Finished,
     PromptError,
+    Reader,
+    SamplingError,
     SamplingParams,
     TextDelta,
     TokenScore,
+    UnknownAdapterError,
     Usage,
 )
-from gale.text.template import Message
+from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 
 END = Finished("stop", Usage(3, 2))
@@ -41,8 +46,10 @@ WORDS = [TextDelta("one "), TextDelta("two ")]
 HI = [Message(role="user", content="hi")]
 
 
-def prompts(tokenizer: Tokenizer) -> Prompts:
-    return Prompts(tokenizer, vocabulary_size=tokenizer.vocabulary_size, context_length=700)
+def front(handle: Handle, tokenizer: Tokenizer, **more: Any) -> ReplicaEngine:
+    prompts = Prompts(tokenizer, vocabulary_size=tokenizer.vocabulary_size, context_length=700)
+    sizes = {"context_length": 700, "embedding_size": 48}
+    return ReplicaEngine(handle, "gale-test", prompts, model_id="m", **sizes, **more)
 
 
 class Handle:
@@ -50,17 +57,15 @@ class Handle:
 
     def __init__(self, *scripts: list[Any]) -> None:
         self.scripts = list(scripts)
-        self.sampling: list[SamplingParams] = []
+        self.asked: list[tuple[Any, ...]] = []
         self.cancelled = 0
 
     @property
-    def chat(self) -> Handle:
+    def ask(self) -> Handle:
         return self
 
-    complete = chat
-
-    def remote(self, asked: Any, sampling: SamplingParams, **more: Any) -> Response:
-        self.sampling.append(sampling)
+    def remote(self, method: str, *asked: Any, **more: Any) -> Response:
+        self.asked.append((method, *asked))
         return Response(self, self.scripts.pop(0))
 
 
@@ -87,7 +92,7 @@ class Response:
 @pytest.fixture
 def ask(tokenizer: Tokenizer) -> Callable[..., list[Any]]:
     def ask(handle: Handle, sampling: SamplingParams | None = None) -> list[Any]:
-        engine = ReplicaEngine(handle, "gale-test", prompts(tokenizer), model_id="m", context_length=700)
+        engine = front(handle, tokenizer)
 
         async def events() -> list[Any]:
             return [event async for event in engine.chat(HI, sampling or SamplingParams())]
@@ -106,14 +111,14 @@ def test_a_request_whose_replica_dies_is_answered_by_another_and_says_nothing_tw
         handle = Handle([*said, lost()], [*WORDS, END])
         assert ask(handle) == [*WORDS, END]
         # The same seed both times, or the answers would part.
-        assert handle.sampling[0].seed is not None
-        assert handle.sampling[0] == handle.sampling[1]
+        assert handle.asked[0][2].seed is not None
+        assert handle.asked[0] == handle.asked[1]
 
 
 def test_a_seed_of_the_caller_s_own_is_kept(ask: Callable[..., Any]) -> None:
     handle = Handle([END])
     ask(handle, SamplingParams(seed=5))
-    assert handle.sampling[0].seed == 5
+    assert handle.asked[0][2].seed == 5
 
 
 def test_an_answer_that_would_go_on_differently_is_a_clean_error(ask: Callable[..., Any]) -> None:
@@ -161,7 +166,7 @@ def test_closing_an_answer_or_cancelling_its_reader_cancels_it_at_the_replica(
 ) -> None:
     async def check() -> None:
         handle = Handle([WORDS[0], None], [None])
-        engine = ReplicaEngine(handle, "gale-test", prompts(tokenizer), model_id="m", context_length=700)
+        engine = front(handle, tokenizer)
         events = engine.chat(HI, SamplingParams())
         assert await anext(events) == WORDS[0]
         await events.aclose()
@@ -181,7 +186,7 @@ def test_a_replica_that_is_told_to_stop_counts_as_lost(ask: Callable[..., Any]) 
 
 
 def test_prompts_are_checked_and_counted_at_the_front(tokenizer: Tokenizer) -> None:
-    engine = ReplicaEngine(Handle(), "x", prompts(tokenizer), model_id="m", context_length=700)
+    engine = front(Handle(), tokenizer)
     for prompt in ([], [-1], [10**6]):
         with pytest.raises(PromptError):
             engine.complete(prompt, SamplingParams())
@@ -191,10 +196,37 @@ def test_prompts_are_checked_and_counted_at_the_front(tokenizer: Tokenizer) -> N
         engine.encode("x" * 1_000_000)
 
 
+def test_what_is_read_alone_is_read_by_another_replica_where_one_dies(tokenizer: Tokenizer) -> None:
+    async def check() -> None:
+        vectors, decision = Embeddings([[1.0]], 3), Decision([-0.5, -1.0], 4)
+        handle = Handle([lost()], [vectors], [lost()], [decision], [PromptError("no")])
+        engine = front(handle, tokenizer)
+        assert await engine.embed(["a", [5]], pooling="last") == vectors
+        assert await engine.decide([5], ("a", "b")) == decision
+        assert [asked[0] for asked in handle.asked] == ["embed", "embed", "decide", "decide"]
+        with pytest.raises(PromptError, match="no"):
+            await engine.embed(["a"], dimensions=10**6)
+
+    asyncio.run(check())
+
+
+def test_an_adapter_s_own_template_is_the_front_s_too(tokenizer: Tokenizer) -> None:
+    own = ChatTemplate("{{ messages[0]['content'] }}", tokenizer)
+    engine = front(Handle(), tokenizer, templates={"own": own, "plain": None})
+    assert isinstance(engine, Reader) and engine.adapters == ("own", "plain")
+    assert engine.encode_chat(HI, adapter="own") == tokenizer.encode("hi") != engine.encode_chat(HI)
+    assert engine.encode_chat(HI, adapter="plain") == engine.encode_chat(HI)
+    with pytest.raises(UnknownAdapterError):
+        engine.encode_chat(HI, adapter="other")
+
+
 def test_errors_travel_between_processes_whole() -> None:
     error = pickle.loads(pickle.dumps(ContextLengthError(9, 5, at_least=True)))
     assert (error.prompt_tokens, error.context_length, "at least 9" in error.message) == (9, 5, True)
     assert pickle.loads(pickle.dumps(EngineFailedError("no", hint="yes"))).hint == "yes"
+    for made in (SamplingError("logit_bias", "no"), UnknownAdapterError("a")):
+        again = pickle.loads(pickle.dumps(made))
+        assert (type(again), again.message, vars(again)) == (type(made), made.message, vars(made))
 
 
 def test_a_cluster_that_is_too_small_is_said_so() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gale.model import kernels
 from gale.model.checkpoint import load_model, save_model
 from gale.model.config import ModelConfig
+from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from tests.model.test_families import our_logits
@@ -45,6 +47,22 @@ def test_opening_takes_no_memory_of_its_own(folder: Path) -> None:
     assert torch.isfinite(sum(parameter.sum() for parameter in model.parameters()))
     assert memory("Anonymous") - before < 0.1 * weights, "nor does reading every weight"
     assert 0.99 * weights < model.mapped_bytes < weights
+
+
+@pytest.mark.parametrize(("weights", "size"), [("bf16", 1.0), ("int8", 0.65), ("int4", 0.5)])
+def test_packed_weights_take_the_place_of_the_file_in_memory(folder: Path, weights: Weights, size: float) -> None:
+    if not kernels.has_bf16():
+        pytest.skip("no native kernels")
+    stored = (folder / "model.safetensors").stat().st_size
+    quantise(load_model(folder, dtype=torch.bfloat16), weights)  # what the first time loads besides does not count
+    before = memory("Rss")
+    model = load_model(folder, dtype=torch.bfloat16)
+    assert torch.isfinite(sum(parameter.sum() for parameter in model.parameters()))
+    quantise(model, weights)
+    # The tied embedding is in the file, too, and is read from there again where it is looked at.
+    assert memory("Rss") - before < size * stored + 0.1 * stored
+    assert model.mapped_bytes < 1.1 * model.embed_tokens.weight.nbytes
+    assert torch.equal(model.embed_tokens.weight, load_model(folder, dtype=torch.bfloat16).embed_tokens.weight)
 
 
 def test_weights_in_another_format_are_held_once(folder: Path) -> None:

@@ -57,8 +57,8 @@ def live(store: Store) -> Iterator[Live]:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Decoder, tokenizer: Tokenizer) -> LocalEngine:
-    """Gale's own engine over the tiny model."""
+def engine(model: Decoder, tokenizer: Tokenizer, store: Store) -> LocalEngine:
+    """Gale's own engine over the tiny model, a new one for each store, since ``tiny`` ends with its store."""
     return LocalEngine(model, tokenizer, model_id="tiny")
 
 

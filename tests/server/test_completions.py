@@ -139,6 +139,14 @@ def test_stop_strings_of_any_number_end_the_text(client: OpenAI) -> None:
     assert complete(client, stop=[]).choices[0].finish_reason == "length"
 
 
+def test_a_form_of_the_answer_is_for_chat_and_that_is_said(client: OpenAI) -> None:
+    for name, value in {"guided_regex": "[0-9]+", "response_format": {"type": "json_object"}}.items():
+        with pytest.raises(openai.BadRequestError, match=f"'{name}'.*not supported.*/v1/chat/completions") as caught:
+            complete(client, "River", extra_body={name: value})
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", name)
+    complete(client, "River", extra_body={"response_format": {"type": "text"}, "guided_json": None, "mine": 1})
+
+
 def test_more_prompts_than_run_at_once_are_all_answered(client: OpenAI) -> None:
     alone = complete(client, "River", max_tokens=2).choices[0].text
     answer = complete(client, ["River"] * 70, max_tokens=2)

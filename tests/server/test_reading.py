@@ -78,6 +78,8 @@ def test_dimensions_and_pooling_can_be_chosen(client: OpenAI, engine: LocalEngin
         ({"input": [100_000]}, "input", "invalid_value"),
         ({"input": ["a", [5] * 701]}, "input", "invalid_value"),
         ({"input": [[5], [5] * 701]}, "input[1]", "context_length_exceeded"),
+        ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "unsupported_parameter"),
+        ({"input": "a", "input_type": "search_query"}, "input_type", "unsupported_parameter"),
         ({"input": "a" * 1_000_000}, "input", "context_length_exceeded"),
         ({"dimensions": 0}, "dimensions", "invalid_value"),
         ({"dimensions": 49}, "dimensions", "invalid_value"),
@@ -195,6 +197,23 @@ def test_an_engine_that_cannot_read_alone_has_no_such_routes(live: Live, client:
         assert response.json()["error"]["code"] == "unknown_url"
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="other", input="a")
+
+
+def test_what_other_servers_have_and_gale_lacks_is_refused_by_name_and_the_rest_ignored(tiny: Live) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "embeddings": {"input": "a"},
+        "rerank": {"query": "a", "documents": ["b"]},
+        "decisions": {"prompt": "a", "labels": ["b"]},
+    }
+    for path, body in bodies.items():
+        body |= {"model": "tiny", "my_own": {"deep": [1]}, "truncation": None}
+        assert tiny.http.post(f"/v1/{path}", json=body).status_code == 200
+        if path != "decisions":
+            refused = tiny.http.post(f"/v1/{path}", json={**body, "truncation": True})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", "truncation")
+    refused = tiny.http.post("/v1/rerank", json={**bodies["rerank"], "top_k": 1})
+    assert "Use 'top_n'." in refused.json()["error"]["message"]
 
 
 def test_a_thousand_vectors_are_valid_json_in_one_answer(tiny: Live) -> None:

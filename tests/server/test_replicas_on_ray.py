@@ -17,11 +17,12 @@ import httpx2
 import pytest
 from openai import AsyncOpenAI
 
+from gale.assistant.rerank import rerank
 from gale.engine.local import LocalEngine
 from gale.engine.request import SamplingParams, TextDelta
 from gale.text.template import Message
 from gale.text.tokenizer import Tokenizer
-from tests.tiny_model import save_folder
+from tests.tiny_model import save_adapter_folder, save_folder
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,11 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     # So wide that an answer in bf16 does not depend on its batch even without the kernels.
     shape = {"hidden_size": 128, "intermediate_size": 256, "heads": 4, "head_dim": 32}
     return save_folder(tokenizer, tmp_path_factory.mktemp("replicas") / "tiny", **shape)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path) -> Path:
+    return save_adapter_folder(folder, folder.parent / "poems", seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +57,9 @@ def cluster() -> Iterator[str]:
             started.shutdown()
 
 
-def start(cluster: str, folder: Path, home: Path, stderr: Any) -> subprocess.Popen[str]:
+def start(cluster: str, folder: Path, home: Path, *more: str, stderr: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "gale.cli", "serve", "--ray", cluster, "--model", str(folder), "--port", "0"]
-    command += ["--replicas", "2", "--replica-cpus", "0.5", "--db", f"sqlite:///{home / 'gale.db'}"]
+    command += ["--replicas", "2", "--replica-cpus", "0.5", "--db", f"sqlite:///{home / 'gale.db'}", *more]
     environment = {**os.environ, "GALE_HOME": str(home), "PYTHONPATH": str(ROOT), "GALE_LOG_LEVEL": "WARNING"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, cwd=ROOT)
 
@@ -61,9 +67,9 @@ def start(cluster: str, folder: Path, home: Path, stderr: Any) -> subprocess.Pop
 class Front:
     """``gale serve --ray`` in a process of its own."""
 
-    def __init__(self, cluster: str, folder: Path, home: Path) -> None:
+    def __init__(self, cluster: str, folder: Path, adapter: Path, home: Path) -> None:
         self.log = (home / "log").open("w+")
-        self.process = start(cluster, folder, home, self.log)
+        self.process = start(cluster, folder, home, "--adapter", f"poems={adapter}", stderr=self.log)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("Gale is ready at "), (home / "log").read_text()
@@ -91,8 +97,8 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def front(cluster: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    started = Front(cluster, folder, tmp_path_factory.mktemp("front"))
+def front(cluster: str, folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    started = Front(cluster, folder, adapter, tmp_path_factory.mktemp("front"))
     yield started
     started.process.kill()
     started.process.communicate()
@@ -100,9 +106,10 @@ def front(cluster: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def local(folder: Path) -> Iterator[LocalEngine]:
+def local(folder: Path, adapter: Path) -> Iterator[LocalEngine]:
     """The same model in this process: what answers have to be."""
     engine = LocalEngine.load(folder)
+    engine.load_adapter("poems", adapter)
     yield engine
     asyncio.run(engine.close())
 
@@ -169,6 +176,31 @@ def test_replicas_answer_as_the_engine_alone_and_refuse_alike(front: Front, loca
     long = {"model": "tiny", "messages": [{"role": "user", "content": "风 " * 800}]}
     refused = httpx2.post(f"{front.url}/v1/chat/completions", json=long, timeout=60)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_replicas_embed_rerank_decide_and_answer_under_adapters_as_the_engine_alone(
+    front: Front, local: LocalEngine
+) -> None:
+    texts = ["Where does the river go?", "风 wind", "a"]
+
+    def post(path: str, **body: Any) -> Any:
+        response = httpx2.post(f"{front.url}/v1/{path}", json=body, timeout=60)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    for model, adapter in (("tiny", None), ("poems", "poems")):
+        vectors = [item["embedding"] for item in post("embeddings", model=model, input=texts)["data"]]
+        assert vectors == asyncio.run(local.embed(texts, adapter=adapter)).vectors
+        labels = post("decisions", model=model, prompt="The wind", labels=[" came", " went"])["labels"]
+        alone = asyncio.run(local.decide(local.encode("The wind"), [" came", " went"], adapter=adapter))
+        assert [label["logprob"] for label in labels] == alone.logprobs
+        ranking = asyncio.run(rerank(local, texts[0], texts, adapter=adapter))
+        results = post("rerank", model=model, query=texts[0], documents=texts)["results"]
+        assert [(each["index"], each["relevance_score"]) for each in results] == ranking.scores
+        messages = [{"role": "user", "content": texts[0]}]
+        answer = post("chat/completions", model=model, messages=messages, temperature=0, max_tokens=20)
+        expected = asyncio.run(here(local, texts[0], {"temperature": 0, "max_tokens": 20, "adapter": adapter}))
+        assert answer["choices"][0]["message"]["content"] == expected
 
 
 def test_a_replica_is_killed_under_load_and_every_answer_is_whole_and_right(front: Front, local: LocalEngine) -> None:

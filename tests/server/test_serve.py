@@ -56,6 +56,8 @@ def url_of(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline()
     assert line.startswith("Gale is ready at http://127.0.0.1:"), line
     assert line.endswith(" - model scripted/one - Ctrl-C stops\n")
+    link = process.stdout.readline()
+    assert link.startswith("Make it yours (once, within a day): " + line.split()[4] + "/#sign-in="), link
     return line.split()[4]
 
 
