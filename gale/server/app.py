@@ -42,7 +42,6 @@ from gale.server import (
     static_page,
     tokenize,
 )
-from gale.server.batch_engine import patient
 from gale.server.batch_worker import BatchWorker
 from gale.server.caller import Identify
 from gale.server.cors import Cors
@@ -90,16 +89,15 @@ def create_app(
     models, supervisor = _tuning(engine, store, lifecycle, home or settings().home, training_ray)
     app.include_router(fine_tuning.routes(engine, store, models, supervisor))
     moderator = Moderator()
-    for router in _answering(engine, store, moderator, lifecycle, stream_limits):
+    answering = _answering(engine, store, moderator, lifecycle, stream_limits)
+    for router in answering:
         app.include_router(router)
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_conversations.routes(store))
     app.include_router(openai_files.routes(store))
     app.include_router(openai_uploads.routes(store))
-    endpoints, paths = openai_batches.endpoints_app(
-        _answering(patient(engine), store, moderator, lifecycle, stream_limits)
-    )
-    worker = BatchWorker(store, InProcess(Metered(endpoints, store.metering)))
+    endpoints, paths = openai_batches.endpoints_app(answering)
+    worker = BatchWorker(store, InProcess(endpoints))
     app.include_router(openai_batches.routes(store, worker, paths))
     app.include_router(tokenize.routes(engine))
     app.include_router(organization_quotas.routes(engine, store))
@@ -112,8 +110,8 @@ def create_app(
     page_files = static_page.install(app, static)
     lifecycle.background += [identities.keep_last_use, worker.run, partial(keep_house, store)]
     # The one added last is the outermost.
-    app.add_middleware(Metered, metering=store.metering)
     app.add_middleware(Idempotent, kept=store.idempotency)
+    app.add_middleware(Metered, metering=store.metering)
     app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
     app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
@@ -149,6 +147,7 @@ def _answering(
         openai_chat.routes(engine, lifecycle, limits),
         openai_completions.routes(engine, lifecycle, limits),
         openai_responses.routes(engine, store, lifecycle, limits),
+        openai_moderations.routes(Moderator(), lifecycle),
         anthropic_messages.routes(engine, lifecycle, limits),
     ]
     if isinstance(engine, Reader):
