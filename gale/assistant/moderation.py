@@ -26,10 +26,11 @@ _BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The calibrated probability of each label, and the labels that are given."""
+    """The calibrated probability of each label, the labels that are given, and how many tokens were read."""
 
     scores: dict[str, float]
     given: frozenset[str]
+    tokens: int
 
 
 @dataclass(eq=False)
@@ -80,9 +81,11 @@ class Moderator:
         finally:
             self._waiting -= tokens
         by_text: list[list[list[float]]] = [[] for _ in texts]
-        for owner, scores in zip(owners, job.scores, strict=True):
+        read = [0] * len(texts)
+        for owner, scores, piece in zip(owners, job.scores, pieces, strict=True):
             by_text[owner].append(scores)
-        return [_judgement(classifier, scores) for scores in by_text]
+            read[owner] += len(piece)
+        return [_judgement(classifier, scores, count) for scores, count in zip(by_text, read, strict=True)]
 
     def _cut(self, texts: Sequence[Sequence[str]]) -> tuple[Classifier, list[list[int]], list[int]]:
         """In the thread: open the classifier, unless that is done, and tokenise."""
@@ -135,6 +138,7 @@ def _first(pieces: list[list[int]]) -> list[list[int]]:
     return pieces
 
 
-def _judgement(classifier: Classifier, scores: list[list[float]]) -> Judgement:
+def _judgement(classifier: Classifier, scores: list[list[float]], tokens: int) -> Judgement:
     of_text = classifier.of_text(scores)
-    return Judgement(of_text, frozenset(label for label, score in of_text.items() if classifier.gives(label, score)))
+    given = frozenset(label for label, score in of_text.items() if classifier.gives(label, score))
+    return Judgement(of_text, given, tokens)

@@ -19,10 +19,12 @@ from gale.platform.journal import journal_folder
 from gale.platform.metering import Metering
 from gale.platform.organisations import Organisations, Projects
 from gale.platform.people import People, ServiceAccounts
+from gale.platform.quotas import Quotas
 from gale.platform.responses import ItemConversations, Responses
 from gale.platform.secret import Secret
 from gale.platform.sessions import Sessions
 from gale.platform.uploads import Uploads
+from gale.platform.usage_report import UsageReport
 
 
 class Store:
@@ -35,10 +37,10 @@ class Store:
         folder: FileFolder | None = None,
         file_limits: FileLimits | None = None,
         secret: Secret | None = None,
-        usage_folder: Path | None = None,
+        metering: Metering | None = None,
     ) -> None:
         self.database = database
-        self.metering = Metering(database, usage_folder)
+        self.metering = metering or Metering(database)
         self._secret = secret or Secret()
         self.organisations = Organisations(database)
         self.sessions = Sessions(database, self._secret)
@@ -83,6 +85,14 @@ class Store:
         """What was done to it."""
         return AuditLog(self.database, actor)
 
+    def quotas(self, actor: Actor, *, operator: bool = False) -> Quotas:
+        """What it, its projects and keys may use; an ``operator`` has the machine's shell."""
+        return Quotas(self.database, self.metering, actor, operator=operator)
+
+    def usage_report(self, actor: Actor) -> UsageReport:
+        """What it has used."""
+        return UsageReport(self.database, actor)
+
     def files(self, actor: Actor) -> Files:
         """The files of ``actor``'s project."""
         return Files(self.database, self.file_folder, self.file_limits, actor)
@@ -104,7 +114,9 @@ class Store:
         ``files`` (one in GALE_HOME if not given). Blocks. Raises ``StoreError``."""
         database = Database.open(url, exclusive=exclusive)
         folder = FileFolder(files) if files else None
-        return cls(database, folder=folder, file_limits=file_limits, usage_folder=journal_folder(url))
+        # No other server has an SQLite file that is ours alone.
+        metering = Metering(database, journal_folder(url), alone=exclusive and url.startswith("sqlite"))
+        return cls(database, folder=folder, file_limits=file_limits, metering=metering)
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""

@@ -79,7 +79,7 @@ def refused(response: httpx2.Response) -> bool:
     return True
 
 
-OPEN = {"/healthz", "/readyz", "/", "/c/{conversation_id}", "/theme.js", "/api/sign-in"}
+OPEN = {"/healthz", "/readyz", "/metrics", "/", "/c/{conversation_id}", "/theme.js", "/api/sign-in"}
 
 
 def test_every_route_asks_for_a_key_but_those_that_are_meant_to_be_open(keyed: Live) -> None:
@@ -99,12 +99,23 @@ def test_every_route_asks_for_a_key_but_those_that_are_meant_to_be_open(keyed: L
     assert checked > 10
 
 
+def test_metrics_are_for_this_machine_and_for_who_administers(keyed: Live, keyed_store: Store, key: str) -> None:
+    assert keyed.http.get("/metrics").status_code == 200
+    elsewhere = {"x-forwarded-for": "192.0.2.1"}
+    assert refused(keyed.http.get("/metrics", headers=elsewhere))
+    assert refused(keyed.http.get("/metrics", headers={"host": "evil.example"}))
+    assert refused(keyed.http.get("/metrics", headers={"origin": "https://evil.example"}))
+    assert keyed.http.get("/metrics", headers={**elsewhere, **bearer(key)}).status_code == 200
+    scoped, _ = new_key(keyed_store, scopes=["use"])
+    assert keyed.http.get("/metrics", headers={**elsewhere, **bearer(scoped)}).status_code == 403
+
+
 @pytest.mark.parametrize(
     "path",
     ["//v1/models", "/v1/models/", "/V1/models", "/v1//models", "/v1/./models", "/c/../v1/models",
      "/c/a/../../v1/models", "/assets/../v1/models", "/healthz/", "/HEALTHZ", "/healthz/../v1/models",
      "/%2f", "/openapi.json", "/docs",
-     "/metrics", "/nothing", "/api", "/api/", "/c/", "/v1/models%2f", "/v1/models;x", "/theme.js/", "/.",
+     "/nothing", "/api", "/api/", "/c/", "/v1/models%2f", "/v1/models;x", "/theme.js/", "/.",
      "/%00", "/api/sign-in"],
 )  # fmt: skip
 def test_odd_spellings_are_no_way_in(keyed: Live, path: str) -> None:
