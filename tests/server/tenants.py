@@ -7,6 +7,7 @@ needs one: the matrix of routes and tenants fails until then.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,7 +96,32 @@ def _jobs(tenant: Tenant) -> None:
     tenant.ids["job_id"] = asyncio.run(FineTuning(tenant.store.jobs, files, tenant.actor).create(asked)).id
 
 
-MAKERS: list[Callable[[Tenant], None]] = [_project, _people, _keys, _page, _responses, _files, _jobs]
+def _batches(tenant: Tenant) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}).encode()
+    file = tenant.send("POST", "/v1/files", files={"file": ("c.jsonl", line)}, data={"purpose": "batch"}).json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    tenant.ids["batch_id"] = tenant.make("/v1/batches", asked)["id"]
+
+
+def _budgets(tenant: Tenant) -> None:
+    budget = {"scope": "project", "scope_id": tenant.ids["project_id"], "period": "total", "limit_micro": 10**12}
+    tenant.ids["budget_id"] = tenant.make("/v1/organization/budgets", budget)["id"]
+    # A limit has no id of its own: the project's, and what it is for.
+    tenant.ids["rate_limit_id"] = "rl-*"
+
+
+MAKERS: list[Callable[[Tenant], None]] = [
+    _project,
+    _people,
+    _keys,
+    _page,
+    _responses,
+    _files,
+    _jobs,
+    _batches,
+    _budgets,
+]
 
 # Routes whose parameter of the same name means another kind of thing.
 NAMES: dict[tuple[str, str], str] = {
@@ -123,7 +149,11 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/conversations/{conversation_id}/items"): {
         "items": [{"type": "message", "role": "user", "content": "x"}]
     },
+    ("POST", "/v1/organization/projects/{project_id}/rate_limits/{rate_limit_id:path}"): {
+        "max_requests_per_1_minute": 900
+    },
     ("POST", "/v1/responses/{response_id}/cancel"): {},
+    ("POST", "/v1/batches/{batch_id}/cancel"): {},
     ("POST", "/v1/uploads/{upload_id}/complete"): {"part_ids": ["part_x"]},
     ("POST", "/v1/uploads/{upload_id}/cancel"): {},
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): {},
@@ -135,7 +165,10 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
 FORMS = {("POST", "/v1/uploads/{upload_id}/parts"): {"data": ("part", b"x")}}
 
 # What is looked at by its id only, where it was made.
-UNLISTED = {"upload_id"}
+UNLISTED = {"upload_id", "rate_limit_id"}
+
+# Ids that are the same for everybody, since they say something only below another one.
+COMMON = {"rate_limit_id"}
 
 # Ids that name nobody's things: the model, which all may use, and pages of the browser.
 SHARED = {"/v1/models/{model_id:path}", "/c/{conversation_id}"}
