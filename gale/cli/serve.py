@@ -42,12 +42,6 @@ def serve(
         str | None,
         typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
     ] = None,
-    files_dir: Annotated[
-        Path | None, typer.Option("--files", metavar="DIR", help="Uploaded files; a folder in GALE_HOME if not given.")
-    ] = None,
-    files_quota: Annotated[
-        float, typer.Option(min=0, metavar="GB", help="How many gigabytes of files a project may keep.")
-    ] = 64.0,
     public_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Where people reach it, such as https://gale.example.")
     ] = None,
@@ -55,6 +49,12 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="A web page that may use the API with a key; may be repeated."),
     ] = None,
+    files_dir: Annotated[
+        Path | None, typer.Option("--files", metavar="DIR", help="Uploaded files; a folder in GALE_HOME if not given.")
+    ] = None,
+    files_quota: Annotated[
+        float, typer.Option(min=0, metavar="GB", help="How many gigabytes of files a project may keep.")
+    ] = 64.0,
     upstream: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),

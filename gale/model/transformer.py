@@ -16,6 +16,7 @@ attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), QK-norm (Dehghani et al.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from gale.model import kernels
 from gale.model.config import ModelConfig
 from gale.model.experts import AUXILIARY_LOSSES, MixtureOfExperts
+from gale.model.native import NativeLayers
 
 # The matrices that write into the residual stream.
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
@@ -161,6 +163,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, unit_offset=config.unit_offset_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False)
         self.mapped_bytes = 0  # of weights that are a file, which the system counts as free memory
+        self.native: NativeLayers | None = None  # all layers in one call
+        self.hooked = False  # whether hooks change what single layers compute now
         self.retie()
 
     def retie(self) -> None:
@@ -179,6 +183,9 @@ class Decoder(nn.Module):
         x_NC = self.embed_tokens(ids_N)
         if config.embedding_scale != 1:  # a number of the weights' own format, as Gemma was trained with
             x_NC = x_NC * torch.tensor(config.embedding_scale, dtype=x_NC.dtype)
+        batch = getattr(attend, "batch", None)  # attention over sequences' own caches has one
+        if self.native is not None and not self.hooked and batch is not None and kernels.serve(x_NC):
+            return self.native(x_NC, positions_N, batch, partial(self.rotary, dtype=x_NC.dtype))
         tables = local = self.rotary(positions_N, x_NC.dtype)
         if config.local_rope_theta is not None:
             local = self.rotary(positions_N, x_NC.dtype, local=True)

@@ -23,6 +23,8 @@ EventType = Literal[
     "api_key.created",
     "api_key.updated",
     "api_key.deleted",
+    "budget.deleted",  # these two are ours
+    "budget.updated",
     "login.succeeded",
     "login.failed",
     "logout.succeeded",

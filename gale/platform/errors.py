@@ -35,3 +35,7 @@ class StorageQuotaError(GaleError):
 
 class NoSpaceError(GaleError):
     """The disk is full."""
+
+
+class PurposeError(GaleError):
+    """A file that was uploaded for something else."""

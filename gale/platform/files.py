@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, or_, select, up
 from gale.platform import tables
 from gale.platform.access import Actor
 from gale.platform.database import Database
-from gale.platform.errors import ConflictError, NotFoundError, StorageQuotaError
+from gale.platform.errors import ConflictError, NotFoundError, PurposeError, StorageQuotaError
 from gale.platform.file_folder import ABANDONED_S, Digest, FileFolder, IncomingFile, digest, place
 from gale.platform.ids import new_id
 from gale.platform.jobs import unfinished
@@ -89,7 +89,7 @@ class Files:
             check_quota(connection, self._project, self.limits, written.size, upload_id)
             connection.execute(insert(_TABLE).values(_values(file)))
 
-        await self._database.write(arrive)
+        await self._database.write(arrive, durable=True)
         try:
             await asyncio.to_thread(incoming.keep, self.folder.path(file.id))
         except Exception:
@@ -149,10 +149,13 @@ class Files:
         await self._database.write(lambda connection: _delete_row(connection, file_id))
 
     def require(self, connection: Connection, file_id: str, purpose: str) -> File:
-        """For a job about to be created: its file, which from then on cannot be deleted. Raises as :meth:`get` does."""
+        """For a job about to be created: its file, which from then on cannot be deleted.
+
+        Raises as :meth:`get` does, and :class:`PurposeError`.
+        """
         file = self._get(connection, file_id, lock=True)
         if file.purpose != purpose:
-            raise NotFoundError(f"The file {file.id} has the purpose {file.purpose}, and this needs {purpose}.")
+            raise PurposeError(f"The file {file.id} has the purpose '{file.purpose}', and this needs '{purpose}'.")
         return file
 
     def _new(self, file_id: str, written: Digest, filename: str, purpose: str, lasts_s: int | None) -> File:
@@ -170,7 +173,7 @@ class Files:
             ).one()
             return _file(row)
 
-        return await self._database.write(work)
+        return await self._database.write(work, durable=True)
 
     def _there(self) -> Select[Any]:
         alive = or_(_TABLE.c.expires_at.is_(None), _TABLE.c.expires_at > _now())

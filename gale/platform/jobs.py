@@ -129,7 +129,7 @@ class Jobs:
                 check(connection)
             connection.execute(insert(_TABLE).values(asdict(job)))
 
-        await self._database.write(work)
+        await self._database.write(work, durable=True)
         return job
 
     async def get(self, actor: Actor, kind: str, job_id: str) -> Job:
@@ -189,14 +189,16 @@ class Jobs:
 
         return await self._database.write(work)
 
-    async def renew(self, job: Job, lease_s: float) -> Job:
+    async def renew(self, job: Job, lease_s: float, result: dict[str, Any] | None = None) -> Job:
         """Hold a claimed job for ``lease_s`` seconds from now, and see what its tenant has made of it meanwhile.
 
-        Raises :class:`LeaseLostError`.
+        ``result``'s keys are put into the job's. Raises :class:`LeaseLostError`.
         """
 
         def work(connection: Connection) -> Job:
-            return _updated(connection, _held(connection, job), {"lease_until": _now() + _microseconds(lease_s)})
+            held = _held(connection, job)
+            values = {"lease_until": _now() + _microseconds(lease_s), "result": {**held.result, **(result or {})}}
+            return _updated(connection, held, values)
 
         return await self._database.write(work)
 

@@ -27,8 +27,7 @@ from gale.platform.fine_tuning import KIND, State, job_folder, model_name
 from gale.platform.ids import new_id
 from gale.platform.jobs import Job, Jobs
 from gale.platform.tuning_child import Metrics, Phase, how_it_ended, running
-from gale.train.job import ADAPTERS, JOB, RUN, TRAINED, VALIDATED
-from gale.train.job_recipe import Hyperparameters, TuningJob
+from gale.train.job_recipe import ADAPTERS, JOB, RUN, TRAINED, VALIDATED, Hyperparameters, TuningJob
 
 LEASE_S = 15.0
 POLL_S = 2.0

@@ -128,11 +128,11 @@ def as_api_error(error: Exception) -> ApiError:
             )
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
+        case CursorError():
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
         case ConflictError():
             # OpenAI's clients ask again after a 409, which would meet the same state.
             return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
-        case CursorError():
-            return ApiError(400, error.message, code="invalid_value", param=error.param)
         case FileTooLargeError():
             return ApiError(413, error.message, code="file_too_large", param="file")
         case StorageQuotaError():

@@ -37,7 +37,17 @@ from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer
 from gale.train.dpo import dpo
 from gale.train.experience import Actor
-from gale.train.job_recipe import Hyperparameters, TuningJob, recipe_of, settled
+from gale.train.job_recipe import (
+    ADAPTERS,
+    JOB,
+    RUN,
+    TRAINED,
+    VALIDATED,
+    Hyperparameters,
+    TuningJob,
+    recipe_of,
+    settled,
+)
 from gale.train.on_ray import run_on_ray
 from gale.train.optim import MasterWeights
 from gale.train.recipe import DpoRecipe, SftRecipe
@@ -47,8 +57,6 @@ from gale.train.run_log import read_run
 from gale.train.sft import sft
 from gale.train.tuning import export_adapter, with_adapters
 
-JOB, VALIDATED, TRAINED = "job.json", "validated.json", "trained.json"
-RUN, ADAPTERS = "run", "adapters"
 NICENESS = 10
 ORPHANED = 3  # exit status of a process whose server is gone
 

@@ -17,6 +17,10 @@ from gale.model.config import ModelConfig
 from gale.train.recipe import DpoRecipe, SftRecipe, TuningRecipe
 from gale.train.rl_recipe import RlRecipe
 
+# What lies in a job's folder.
+JOB, VALIDATED, TRAINED = "job.json", "validated.json", "trained.json"
+RUN, ADAPTERS = "run", "adapters"
+
 Auto = Literal["auto"]
 
 KEPT_CHECKPOINTS = 3

@@ -44,7 +44,7 @@ class World:
     """A store, and identities whose clock stands still unless it is moved."""
 
     def __init__(self, database: Database) -> None:
-        self.store = Store(database, SECRET)
+        self.store = Store(database, secret=SECRET)
         self.flaky = Flaky(database)
         self.now = 1000.0
         self.identities = Identities(self.flaky, SECRET, clock=lambda: self.now)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ CHAT = {"model": "scripted/one", "messages": [{"role": "user", "content": "one t
 @pytest.fixture(scope="module")
 def keyed_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("keyed")
-    store = Store(Database.open(f"sqlite:///{folder / 'gale.db'}"), Secret(b"k" * 32))
+    store = Store(Database.open(f"sqlite:///{folder / 'gale.db'}"), secret=Secret(b"k" * 32))
     yield store
     store.close()
 
@@ -74,7 +74,7 @@ def refused(response: httpx2.Response) -> bool:
     return True
 
 
-OPEN = {"/healthz", "/readyz", "/", "/c/{conversation_id}", "/theme.js", "/api/sign-in"}
+OPEN = {"/healthz", "/readyz", "/metrics", "/", "/c/{conversation_id}", "/theme.js", "/api/sign-in"}
 
 
 def test_every_route_asks_for_a_key_but_those_that_are_meant_to_be_open(keyed: Live) -> None:
@@ -107,12 +107,23 @@ def every_route(live: Live) -> list[Route | APIRoute]:
     return found
 
 
+def test_metrics_are_for_this_machine_and_for_who_administers(keyed: Live, keyed_store: Store, key: str) -> None:
+    assert keyed.http.get("/metrics").status_code == 200
+    elsewhere = {"x-forwarded-for": "192.0.2.1"}
+    assert refused(keyed.http.get("/metrics", headers=elsewhere))
+    assert refused(keyed.http.get("/metrics", headers={"host": "evil.example"}))
+    assert refused(keyed.http.get("/metrics", headers={"origin": "https://evil.example"}))
+    assert keyed.http.get("/metrics", headers={**elsewhere, **bearer(key)}).status_code in (200, 403)
+    scoped, _ = new_key(keyed_store, scopes=["use"])
+    assert keyed.http.get("/metrics", headers={**elsewhere, **bearer(scoped)}).status_code == 403
+
+
 @pytest.mark.parametrize(
     "path",
     ["//v1/models", "/v1/models/", "/V1/models", "/v1//models", "/v1/./models", "/c/../v1/models",
      "/c/a/../../v1/models", "/assets/../v1/models", "/healthz/", "/HEALTHZ", "/healthz/../v1/models",
      "/%2f", "/openapi.json", "/docs",
-     "/metrics", "/nothing", "/api", "/api/", "/c/", "/v1/models%2f", "/v1/models;x", "/theme.js/", "/.",
+     "/nothing", "/api", "/api/", "/c/", "/v1/models%2f", "/v1/models;x", "/theme.js/", "/.",
      "/%00", "/api/sign-in"],
 )  # fmt: skip
 def test_odd_spellings_are_no_way_in(keyed: Live, path: str) -> None:
@@ -234,7 +245,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> None:
-    store = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), Secret(b"k" * 32))
+    store = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), secret=Secret(b"k" * 32))
     key = new_key(store)[1]
     server = start(store)
     try:
@@ -251,7 +262,7 @@ def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> N
     finally:
         server.stop()
         store.close()
-    fresh = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), Secret(b"k" * 32))
+    fresh = Store(Database.open(f"sqlite:///{tmp_path / 'gale.db'}"), secret=Secret(b"k" * 32))
     fresh.database.read = away  # type: ignore[method-assign,assignment]
     server = start(fresh)
     try:
