@@ -240,6 +240,26 @@ void attend_task(const Heads& l, const Sequence& s, int key_head, int first, int
   }
 }
 
+// Puts the new keys and values of a head where they belong.
+void store(const Heads& l, const Sequence& s, int key_head) {
+  long at = l.layer * s.layer_stride + key_head * s.head_stride + long(s.length) * l.size;
+  for (int token = 0; token < s.count; ++token, at += l.size) {
+    const long from = (long(s.first_row + token) * l.key_heads + key_head) * l.size;
+    std::memcpy(s.keys + at, l.k + from, l.size * sizeof(bf16));
+    std::memcpy(s.values + at, l.v + from, l.size * sizeof(bf16));
+  }
+}
+
+// Fetches the first keys and values of a head, where short sequences have all of them.
+void fetch(const Heads& l, const Sequence& s, int key_head) {
+  const long at = l.layer * s.layer_stride + key_head * s.head_stride;
+  const long bytes = long(std::min(s.length + s.count, 3 * kKeys)) * l.size * sizeof(bf16);
+  for (long byte = 0; byte < bytes; byte += 64) {
+    _mm_prefetch((const char*)(s.keys + at) + byte, _MM_HINT_T0);
+    _mm_prefetch((const char*)(s.values + at) + byte, _MM_HINT_T0);
+  }
+}
+
 #endif
 
 }  // namespace
@@ -247,32 +267,32 @@ void attend_task(const Heads& l, const Sequence& s, int key_head, int first, int
 void attend(const Heads& l, const Sequence* sequences, int count, int threads) {
 #if defined(__x86_64__)
   const int group = l.heads / l.key_heads;
+  auto tiles_of = [&](const Sequence& s) { return (s.count * group + kTask - 1) / kTask; };
   thread_local std::vector<int> starts_memory;
   std::vector<int>& starts = starts_memory;
   starts.assign(1, 0);
   long work = 0;
   for (int i = 0; i < count; ++i) {
     const Sequence& s = sequences[i];
-    starts.push_back(starts.back() + l.key_heads * ((s.count * group + kTask - 1) / kTask));
+    starts.push_back(starts.back() + l.key_heads * tiles_of(s));
     work += long(s.count) * (s.length + s.count) * l.heads * l.size;
+    if (tiles_of(s) > 1) Pool::run(l.key_heads, threads, [&](int head) { store(l, s, head); });  // for all tiles to see
   }
+  const int tasks = starts.back();
   if (work < 100000) threads = 1;  // little work is done sooner than handed over
-  Pool::run(count * l.key_heads, threads, [&](int chunk) {
-    const Sequence& s = sequences[chunk / l.key_heads];
-    const int head = chunk % l.key_heads;
-    long at = l.layer * s.layer_stride + head * s.head_stride + long(s.length) * l.size;
-    for (int token = 0; token < s.count; ++token, at += l.size) {
-      const long from = (long(s.first_row + token) * l.key_heads + head) * l.size;
-      std::memcpy(s.keys + at, l.k + from, l.size * sizeof(bf16));
-      std::memcpy(s.values + at, l.v + from, l.size * sizeof(bf16));
+  const int at_once = int(std::max(1l, std::min(tasks / (8l * threads), 200000 * tasks / work)));
+  Pool::run((tasks + at_once - 1) / at_once, threads, [&](int chunk) {
+    const int first = chunk * at_once, end = std::min(tasks, first + at_once);
+    int i = int(std::upper_bound(starts.begin(), starts.end(), first) - starts.begin()) - 1;
+    for (int task = first; task < end; ++task) {
+      if (task == starts[i + 1]) ++i;
+      const Sequence& s = sequences[i];
+      const int tiles = tiles_of(s), place = task - starts[i], head = place / tiles, query = place % tiles * kTask;
+      const int next = task + 1 == starts[i + 1] ? i + 1 : i;
+      if (task + 1 < end) fetch(l, sequences[next], (task + 1 - starts[next]) / tiles_of(sequences[next]));
+      if (tiles == 1) store(l, s, head);
+      attend_task(l, s, head, query, std::min(kTask, s.count * group - query));
     }
-  });
-  Pool::run(starts.back(), threads, [&](int chunk) {
-    int i = int(std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin()) - 1;
-    const Sequence& s = sequences[i];
-    int tiles = (s.count * group + kTask - 1) / kTask, place = chunk - starts[i];
-    int first = place % tiles * kTask;
-    attend_task(l, s, place / tiles, first, std::min(kTask, s.count * group - first));
   });
 #else
   (void)l, (void)sequences, (void)count, (void)threads;

@@ -22,11 +22,26 @@ int share(int left, int most) {
   return (left + tiles - 1) / tiles;
 }
 
+GALE_INLINE int32_t unsigned_bits(bf16 x) { return x & 0x7fff; }
+GALE_INLINE int32_t unsigned_bits(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits & 0x7fffffff;
+}
+template <class T>
+GALE_INLINE float from_bits(int32_t bits) {
+  if (sizeof(T) == 2) return widen(bf16(bits));
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 // One token: s8 [inputs], their scale, the offset's share of the sums; for int4 that of each group of 32.
 template <class T>
 GALE_INLINE float quantise_row(const T* x, int inputs, int stored, int8_t* out, int32_t* sums, bool grouped) {
-  float largest = 0;
-  for (int k = 0; k < inputs; ++k) largest = std::max(largest, std::fabs(widen(x[k])));
+  int32_t most = 0;  // of what has no sign, bits are in the order of the numbers; compilers know what to do with integers
+  for (int k = 0; k < inputs; ++k) most = std::max(most, unsigned_bits(x[k]));
+  const float largest = from_bits<T>(most);
   float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   int32_t sum = 0;
   for (int k = 0; k < inputs; ++k) {

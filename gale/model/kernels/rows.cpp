@@ -62,8 +62,13 @@ GALE_INLINE int16_t order(bf16 x) {
 
 GALE_CLONES long likeliest(const bf16* x, int size) {
   int16_t most = INT16_MIN;
-  for (int i = 0; i < size; ++i) most = std::max(most, order(x[i]));
-  int first = 0;
+  int first = 0;  // of the piece with the largest
+  for (int low = 0; low < size; low += 256) {
+    const int high = std::min(size, low + 256);
+    int16_t here = INT16_MIN;
+    for (int i = low; i < high; ++i) here = std::max(here, order(x[i]));
+    if (here > most) most = here, first = low;
+  }
   while (first < size - 1 && order(x[first]) != most) ++first;
   return first;
 }
