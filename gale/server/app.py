@@ -87,8 +87,7 @@ def create_app(
     app.include_router(health.routes(lifecycle))
     models, supervisor = _tuning(engine, store, lifecycle, training_ray)
     app.include_router(fine_tuning.routes(engine, store, models, supervisor))
-    moderator = Moderator()
-    answering = _answering(engine, store, moderator, lifecycle, stream_limits)
+    answering = _answering(engine, store, lifecycle, stream_limits)
     for router in answering:
         app.include_router(router)
     app.include_router(openai_models.routes(engine))
@@ -138,12 +137,9 @@ def _tuning(
     return models, supervisor
 
 
-def _answering(
-    engine: Engine, store: Store, moderator: Moderator, lifecycle: Lifecycle, limits: StreamLimits
-) -> list[APIRouter]:
+def _answering(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLimits) -> list[APIRouter]:
     """The routes that ask a model."""
     routers = [
-        openai_moderations.routes(moderator, lifecycle),
         openai_chat.routes(engine, lifecycle, limits),
         openai_completions.routes(engine, lifecycle, limits),
         openai_responses.routes(engine, store, lifecycle, limits),
