@@ -12,22 +12,25 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gale.core.device import choose_compute
 from gale.engine.request import EngineOverloadedError
-from gale.model.classifier import Classifier, load_classifier
-from gale.registry.models import MODERATION
 
+if TYPE_CHECKING:
+    from gale.model.classifier import Classifier
+
+NAME = "gale-moderation"
 # Tokens that are judged in one go; about a fifth of a second on two cores.
 _BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The calibrated probability of each label, and the labels that are given."""
+    """The calibrated probability of each label, the labels that are given, and how many tokens were read."""
 
     scores: dict[str, float]
     given: frozenset[str]
+    tokens: int
 
 
 @dataclass(eq=False)
@@ -41,10 +44,14 @@ class _Job:
 
 
 class Moderator:
-    """The classifier of a folder, for one event loop. At most ``most_waiting`` tokens wait at once."""
+    """The classifier of a folder (the built-in one if none is given), for one event loop.
 
-    def __init__(self, folder: Path = MODERATION, *, most_waiting: int = 500_000) -> None:
-        self.folder = folder
+    At most ``most_waiting`` tokens wait at once.
+    """
+
+    def __init__(self, folder: Path | None = None, *, most_waiting: int = 500_000) -> None:
+        self.name = folder.name if folder else NAME
+        self._folder = folder
         self._most_waiting = most_waiting
         self._waiting = 0
         self._jobs: deque[_Job] = deque()
@@ -74,15 +81,23 @@ class Moderator:
         finally:
             self._waiting -= tokens
         by_text: list[list[list[float]]] = [[] for _ in texts]
-        for owner, scores in zip(owners, job.scores, strict=True):
+        read = [0] * len(texts)
+        for owner, scores, piece in zip(owners, job.scores, pieces, strict=True):
             by_text[owner].append(scores)
-        return [_judgement(classifier, scores) for scores in by_text]
+            read[owner] += len(piece)
+        return [_judgement(classifier, scores, count) for scores, count in zip(by_text, read, strict=True)]
 
     def _cut(self, texts: Sequence[Sequence[str]]) -> tuple[Classifier, list[list[int]], list[int]]:
         """In the thread: open the classifier, unless that is done, and tokenise."""
         if self._classifier is None:
+            # Imported here, so that whoever never asks does not wait for torch.
+            from gale.core.device import choose_compute
+            from gale.model.classifier import load_classifier
+            from gale.registry.models import MODERATION
+
             compute = choose_compute()
-            self._classifier = load_classifier(self.folder, dtype=compute.dtype, device=compute.device)
+            folder = self._folder or MODERATION
+            self._classifier = load_classifier(folder, dtype=compute.dtype, device=compute.device)
         pieces: list[list[int]] = []
         owners: list[int] = []
         for owner, parts in enumerate(texts):
@@ -123,6 +138,7 @@ def _first(pieces: list[list[int]]) -> list[list[int]]:
     return pieces
 
 
-def _judgement(classifier: Classifier, scores: list[list[float]]) -> Judgement:
+def _judgement(classifier: Classifier, scores: list[list[float]], tokens: int) -> Judgement:
     of_text = classifier.of_text(scores)
-    return Judgement(of_text, frozenset(label for label, score in of_text.items() if classifier.gives(label, score)))
+    given = frozenset(label for label, score in of_text.items() if classifier.gives(label, score))
+    return Judgement(of_text, given, tokens)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gale.cli import admin_keys, admin_users
+from gale.cli import admin_keys, admin_usage, admin_users
 from gale.cli.admin_keys import key_row
 from gale.cli.admin_shared import (
     ORGANISATION,
@@ -38,6 +38,8 @@ app.add_typer(org, name="org")
 app.add_typer(project, name="project")
 app.add_typer(admin_users.app, name="user")
 app.add_typer(admin_keys.app, name="key")
+app.add_typer(admin_usage.quota, name="quota")
+app.command("usage")(admin_usage.usage)
 
 
 @app.command()

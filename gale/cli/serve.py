@@ -49,6 +49,12 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="A web page that may use the API with a key; may be repeated."),
     ] = None,
+    files_dir: Annotated[
+        Path | None, typer.Option("--files", metavar="DIR", help="Uploaded files; a folder in GALE_HOME if not given.")
+    ] = None,
+    files_quota: Annotated[
+        float, typer.Option(min=0, metavar="GB", help="How many gigabytes of files a project may keep.")
+    ] = 64.0,
     upstream: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),
@@ -69,6 +75,10 @@ def serve(
             min=1, metavar="TOKENS", help="Its context, where it keeps that secret.", rich_help_panel=_UPSTREAM
         ),
     ] = None,
+    train_on_ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Train fine-tuning jobs on the Ray cluster at this address."),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -88,6 +98,7 @@ def serve(
     # and the other verbs do not pay for any of it.
     from gale.cli.engines import EngineChoice, opened
     from gale.core.settings import settings
+    from gale.platform.files import FileLimits
     from gale.platform.store import Store
     from gale.server.app import create_app
     from gale.server.lifecycle import Lifecycle
@@ -115,12 +126,17 @@ def serve(
         replica_gpus=replica_gpus,
     )
     origins = Origins(cors or [], public_url)
-    store = Store.open(db or settings().database_url, exclusive=True)
+    store = Store.open(
+        db or settings().database_url,
+        exclusive=True,
+        files=files_dir and files.resolve(files_dir),
+        file_limits=FileLimits(project_bytes=int(files_quota * 1000**3)),
+    )
     try:
         sock = listen(host, port, accounts=asyncio.run(store.sessions.accounts_exist()))
         with opened(choice, port=sock.getsockname()[1]) as engine:
             lifecycle = Lifecycle()
-            app = create_app(engine, store, lifecycle=lifecycle, origins=origins)
+            app = create_app(engine, store, lifecycle=lifecycle, origins=origins, training_ray=train_on_ray)
             link = asyncio.run(store.sessions.owner_link())
 
             def say_ready() -> None:

@@ -37,6 +37,9 @@ class Settings(BaseSettings):
         description="What keys and sessions are hashed with; one file in the home folder if not given. Several "
         "processes over one database need the same.",
     )
+    currency: str = Field(
+        default="usd", pattern="^[a-z]{3}$", description="What prices and budgets are counted in, as three letters."
+    )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("home")
@@ -51,6 +54,11 @@ class Settings(BaseSettings):
     def runs(self) -> Path:
         """Default parent of training runs (``--out`` overrides it)."""
         return self.home / "runs"
+
+    @property
+    def files(self) -> Path:
+        """Default folder of uploaded files."""
+        return self.home / "files"
 
     @property
     def database_url(self) -> str:

@@ -55,6 +55,7 @@ class Admission:
         self._scopes = scopes_of(actor)
         self._limits: tuple[Limit, ...] | None = None
         self._asking = 0
+        self._counted = False
         self._prompts: dict[tuple[int, int], object] = {}
         self._counts: dict[tuple[int, int], int] = {}
         self._counting = asyncio.Lock()
@@ -74,8 +75,10 @@ class Admission:
         """Let one question to the engine pass: of ``model`` (None: the base), ``answer`` tokens long at most (None: as
         many as the context leaves).
 
-        ``count`` counts the tokens of ``prompt`` in a thread, and is called where they matter only. Raises
-        :class:`LimitExceededError`, :class:`BudgetSpentError`, :class:`NotAllowedError` and :class:`StoreError`.
+        ``count`` counts the tokens of ``prompt`` in a thread, where they matter. A ``prompt`` of None
+        is shared with no other answer, and counted already.
+
+        Raises :class:`LimitExceededError`, :class:`BudgetSpentError`, :class:`NotAllowedError`, :class:`StoreError`.
         """
         model = model or self._base
         authorize(self.actor, "use")
@@ -83,7 +86,7 @@ class Admission:
             raise NotAllowedError(f"The model `{model}` may not be used here.")
         key = _key(prompt)
         shared = key in self._prompts
-        if kind == "completions" and prompt is not None:
+        if prompt is not None:
             self._prompts[key] = prompt  # kept, so that its identity stays its own
         metering = self._metering
         await metering.ready()
@@ -98,7 +101,7 @@ class Admission:
             limits = self._limits or ()
             limited = any(limit.tokens_per_minute is not None for limit in limits)
             if limited or budgets:
-                tokens = await self._count(key, count)
+                tokens = count() if prompt is None else await self._count(key, count)
             charged = 0 if shared else tokens or 0
             if limited:
                 hold = metering.rates.take_tokens(limits, charged, answer)
@@ -151,11 +154,11 @@ class Admission:
     def _enter(self, model: str) -> None:
         if self._batch:
             return
-        first = self._limits is None
-        limits = self._metering.rates.of(self._scopes, model) if self._limits is None else self._limits
+        if self._limits is None:
+            self._limits = self._metering.rates.of(self._scopes, model)
         if not self._asking:
-            self._limits = limits  # for the headers, also where it is refused
-            self._metering.rates.enter(limits, requests=int(first))
+            self._metering.rates.enter(self._limits, requests=int(not self._counted))
+            self._counted = True
         self._asking += 1
 
     def _leave(self) -> None:

@@ -18,7 +18,6 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, delete, insert, se
 
 from gale.core.errors import GaleError
 from gale.platform import tables
-from gale.platform.database import Database
 from gale.platform.errors import NotFoundError
 from gale.platform.scopes import Scope
 from gale.platform.usage import UsageEvent
@@ -56,45 +55,6 @@ class Budget:
         return max(0, self.limit_micro - self.used_micro - self.held_micro)
 
 
-class Budgets:
-    """The budgets of one database, for those who set them. Every method may raise :class:`StoreError`."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    async def of(self, scopes: Iterable[Scope], now_us: int) -> list[Budget]:
-        """The budgets of ``scopes``, as they stand at ``now_us``."""
-        wanted = set(scopes)
-
-        def work(connection: Connection) -> list[Budget]:
-            return [each for each in read_budgets(connection, now_us) if each.key.scope in wanted]
-
-        return await self._database.read(work)
-
-    async def set(self, key: BudgetKey, limit_micro: int, now_us: int) -> Budget:
-        """Make or change a budget; what was used of it in its period stays used."""
-
-        def work(connection: Connection) -> Budget:
-            table = tables.budgets
-            changed = connection.execute(update(table).where(*_is(table, key)).values(limit_micro=limit_micro))
-            if changed.rowcount == 0:
-                row = {**_columns(key), "limit_micro": limit_micro, "used_micro": 0, "held_micro": 0}
-                connection.execute(insert(table).values(**row, period_began_at=period_began(key.period, now_us)))
-            return _current(connection, key, now_us)
-
-        return await self._database.write(work)
-
-    async def remove(self, key: BudgetKey) -> None:
-        """Let spend without this budget. Raises :class:`NotFoundError`."""
-
-        def work(connection: Connection) -> None:
-            connection.execute(delete(tables.holds).where(*_is(tables.holds, key)))
-            if connection.execute(delete(tables.budgets).where(*_is(tables.budgets, key))).rowcount == 0:
-                raise NotFoundError("There is no such budget.")
-
-        await self._database.write(work)
-
-
 def period_began(period: Period, now_us: int) -> int:
     """When the day or the month (in UTC) began in which ``now_us`` lies."""
     if period == "total":
@@ -107,6 +67,23 @@ def period_began(period: Period, now_us: int) -> int:
 def read_budgets(connection: Connection, now_us: int) -> list[Budget]:
     """All budgets, as they stand at ``now_us``: one whose period is over has begun anew."""
     return [_begun_anew(_budget(row), now_us) for row in connection.execute(select(tables.budgets))]
+
+
+def set_budget(connection: Connection, key: BudgetKey, limit_micro: int, now_us: int) -> Budget:
+    """Make or change a budget; what was used of it in its period stays used."""
+    table = tables.budgets
+    changed = connection.execute(update(table).where(*_is(table, key)).values(limit_micro=limit_micro))
+    if changed.rowcount == 0:
+        row = {**_columns(key), "limit_micro": limit_micro, "used_micro": 0, "held_micro": 0}
+        connection.execute(insert(table).values(**row, period_began_at=period_began(key.period, now_us)))
+    return _current(connection, key, now_us)
+
+
+def remove_budget(connection: Connection, key: BudgetKey) -> None:
+    """Let spend without this budget. Raises :class:`NotFoundError`."""
+    connection.execute(delete(tables.holds).where(*_is(tables.holds, key)))
+    if connection.execute(delete(tables.budgets).where(*_is(tables.budgets, key))).rowcount == 0:
+        raise NotFoundError("There is no such budget.")
 
 
 def take(connection: Connection, process_id: str, key: BudgetKey, need: int, wish: int, now_us: int) -> tuple[int, int]:

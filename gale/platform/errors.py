@@ -23,3 +23,19 @@ class ConflictError(GaleError):
 
 class LeaseLostError(GaleError):
     """A worker's job that another has taken up, because its lease was over, or that has ended."""
+
+
+class FileTooLargeError(GaleError):
+    """A file, or a part of one, of more bytes than are taken."""
+
+
+class StorageQuotaError(GaleError):
+    """A file for which the project's share of the disk does not suffice."""
+
+
+class NoSpaceError(GaleError):
+    """The disk is full."""
+
+
+class PurposeError(GaleError):
+    """A file that was uploaded for something else."""

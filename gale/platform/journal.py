@@ -46,6 +46,7 @@ class Segment:
         self._path = folder and folder / f"{secrets.token_hex(8)}.jsonl"
         self._handle: int | None = None
         self._whole = folder is not None  # whether all of it is on disk
+        self._synced = 0
 
     def add(self, event: UsageEvent) -> bool:
         """Keep ``event``, in place of one with its id. False where it is in memory only for want of disk."""
@@ -69,9 +70,10 @@ class Segment:
 
     def sync(self) -> None:
         """Flush what is on disk, so that it outlives a power cut."""
-        if self._handle is not None:
+        if self._handle is not None and self._synced < self.count:
             try:
                 os.fsync(self._handle)
+                self._synced = self.count
             except OSError as error:
                 self._whole = False
                 log.error("usage_journal_cannot_be_flushed", path=str(self._path), error=str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -9,7 +10,6 @@ from sqlalchemy import Connection, Row, delete, insert, select
 
 from gale.core.errors import GaleError
 from gale.platform import tables
-from gale.platform.database import Database
 from gale.platform.scopes import Scope
 
 Measure = Literal["requests", "tokens"]
@@ -44,42 +44,28 @@ class Limit:
 LIMIT_NAMES = tuple(field.name for field in fields(Limit) if field.name not in ("scope", "model"))
 
 
-class Limits:
-    """The limits of one database. Every method may raise :class:`StoreError`."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    async def of(self, scope: Scope) -> list[Limit]:
-        """The limits of ``scope``, that for all models first."""
-        return await self._database.read(lambda connection: [_limit(row) for row in _rows(connection, scope)])
-
-    async def change(self, scope: Scope, model: str, values: dict[str, int | None]) -> Limit:
-        """Set some limits by name (None lifts one) and leave the others as they are."""
-        table = tables.limits
-
-        def work(connection: Connection) -> Limit:
-            old = next((_limit(row) for row in _rows(connection, scope) if row.model == model), Limit(scope, model))
-            new = Limit(scope, model, **{**old.values, **values})
-            connection.execute(
-                delete(table).where(table.c.scope == scope[0], table.c.scope_id == scope[1], table.c.model == model)
-            )
-            if any(value is not None for value in new.values.values()):
-                connection.execute(insert(table).values(scope=scope[0], scope_id=scope[1], model=model, **new.values))
-            return new
-
-        return await self._database.write(work)
-
-
 def read_limits(connection: Connection) -> list[Limit]:
     """All limits there are."""
     return [_limit(row) for row in connection.execute(select(tables.limits))]
 
 
-def _rows(connection: Connection, scope: Scope) -> list[Row[Any]]:
+def limits_of(connection: Connection, scope: Scope) -> list[Limit]:
+    """The limits of ``scope``, that for all models first."""
     table = tables.limits
     query = select(table).where(table.c.scope == scope[0], table.c.scope_id == scope[1]).order_by(table.c.model)
-    return list(connection.execute(query))
+    return [_limit(row) for row in connection.execute(query)]
+
+
+def change_limits(connection: Connection, scope: Scope, model: str, values: Mapping[str, int | None]) -> Limit:
+    """Set some limits by name (None lifts one) and leave the others as they are."""
+    table = tables.limits
+    here = {"scope": scope[0], "scope_id": scope[1], "model": model}
+    old = next((each for each in limits_of(connection, scope) if each.model == model), Limit(scope, model))
+    new = Limit(scope, model, **{**old.values, **values})
+    connection.execute(delete(table).where(*[table.c[name] == value for name, value in here.items()]))
+    if any(value is not None for value in new.values.values()):
+        connection.execute(insert(table).values(**here, **new.values))
+    return new
 
 
 def _limit(row: Row[Any]) -> Limit:

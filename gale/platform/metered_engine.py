@@ -126,10 +126,10 @@ class MeteredEngine:
         finally:
             try:
                 await events.aclose()
+                if usage is None and stopped:  # what our own failure cut short costs nothing
+                    usage = progress.usage or Usage(await asyncio.to_thread(count) if said else 0, said)
             finally:
                 if ticket is not None:
-                    if usage is None and stopped:  # what our own failure cut short costs nothing
-                        usage = progress.usage or Usage((ticket.prompt_tokens or 0) if said else 0, said)
                     ticket.end(usage)
 
 

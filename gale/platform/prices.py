@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sqlalchemy import Connection, delete, insert, select
 
 from gale.engine.request import Usage
 from gale.platform import tables
-from gale.platform.database import Database
 
 _PRICED_TOKENS = 1_000_000
 
@@ -41,39 +40,18 @@ class Price:
 FREE = Price()
 
 
-class Prices:
-    """The prices of one database; "" is the price of every model that has none of its own."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    async def all(self) -> dict[str, Price]:
-        """The prices by model."""
-        return await self._database.read(read_prices)
-
-    async def set(self, model: str, price: Price | None) -> None:
-        """Set what ``model`` costs; None forgets it."""
-        table = tables.prices
-
-        def work(connection: Connection) -> None:
-            connection.execute(delete(table).where(table.c.model == model))
-            if price is not None:
-                connection.execute(
-                    insert(table).values(
-                        model=model,
-                        input_micro=price.input_micro,
-                        cached_input_micro=price.cached_input_micro,
-                        output_micro=price.output_micro,
-                    )
-                )
-
-        await self._database.write(work)
-
-
 def read_prices(connection: Connection) -> dict[str, Price]:
-    """All prices by model."""
+    """All prices by model; "" is the price of every model that has none of its own."""
     rows = connection.execute(select(tables.prices))
     return {row.model: Price(row.input_micro, row.cached_input_micro, row.output_micro) for row in rows}
+
+
+def set_price(connection: Connection, model: str, price: Price | None) -> None:
+    """Set what ``model`` costs from now on; None forgets it."""
+    table = tables.prices
+    connection.execute(delete(table).where(table.c.model == model))
+    if price is not None:
+        connection.execute(insert(table).values(model=model, **asdict(price)))
 
 
 def price_of(prices: Mapping[str, Price], model: str, base: str) -> Price:

@@ -66,10 +66,19 @@ class Reservation:
 
 
 class Purses:
-    """All purses of this process. From one event loop; ``clock`` is monotonic, ``now_us`` the time of day in UTC."""
+    """All purses of this process. From one event loop; ``clock`` is monotonic, ``now_us`` the time of day in UTC.
+
+    One that is ``alone`` takes every other process for dead.
+    """
 
     def __init__(
-        self, database: Database, process_id: str, clock: Callable[[], float], now_us: Callable[[], int]
+        self,
+        database: Database,
+        process_id: str,
+        clock: Callable[[], float],
+        now_us: Callable[[], int],
+        *,
+        alone: bool = False,
     ) -> None:
         self.process_id = process_id
         self.living = 1  # processes that share the database, this one among them
@@ -82,6 +91,7 @@ class Purses:
         self._by_scope: dict[Scope, list[BudgetKey]] = {}
         self._alive_until = 0.0  # when others may take this process for dead
         self._beat_at = 0.0
+        self._alone = alone
         self._filling: set[asyncio.Task[None]] = set()
         self._others: dict[str, tuple[int, float]] = {}  # their beats, and when these were first seen
 
@@ -196,6 +206,9 @@ class Purses:
 
         def work(connection: Connection) -> None:
             budgets.renew(connection, self.process_id, kept)
+            if self._alone:
+                dead.update(budgets.read_processes(connection))
+                dead.pop(self.process_id, None)
             for process_id, beats in dead.items():
                 budgets.bury(connection, process_id, beats)
 

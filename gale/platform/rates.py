@@ -47,8 +47,9 @@ class Rates:
         self._windows: dict[tuple[Scope, str, _Rate], Window] = {}
         self._running: Counter[tuple[Scope, str]] = Counter()
 
-    def load(self, limits: Iterable[Limit]) -> None:
+    def load(self, limits: Iterable[Limit], processes: int = 1) -> None:
         """Enforce ``limits`` from now on; what was used of those that stay still counts."""
+        self.processes = processes
         self._limits = {}
         for limit in limits:
             self._limits.setdefault(limit.scope, []).append(limit)
@@ -112,9 +113,13 @@ class Rates:
                     states.append(RateState(most, left, window.reset_s(now)))
         return min(states, key=lambda state: state.remaining, default=None)
 
+    def knows(self, limit: Limit) -> bool:
+        """Whether the requests of a day are counted for ``limit`` already."""
+        return (limit.scope, limit.model, "requests_per_day") in self._windows
+
     def count_earlier(self, limit: Limit, requests: int, ago_s: float) -> None:
-        """Count ``requests`` of the day before this process began. Call with the longest ago first."""
-        self._window(limit, "requests_per_day", DAY_S).take(requests, self._clock() - ago_s)
+        """Count this server's part of ``requests`` from before the limit was there. The longest ago first."""
+        self._window(limit, "requests_per_day", DAY_S).take(self._part(requests), self._clock() - ago_s)
 
     def _check(self, limits: tuple[Limit, ...], names: tuple[_Rate, ...], amount: int, least: int, now: float) -> None:
         """Whether ``amount`` may be taken, which could do with ``least`` if a limit is smaller than it."""

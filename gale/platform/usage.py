@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from gale.platform import tables
 from gale.platform.scopes import Scope, scopes
@@ -61,6 +61,19 @@ def write_events(connection: Connection, events: Sequence[UsageEvent]) -> list[U
         connection.execute(insert(table), [asdict(event) for event in new])
         _sum_up(connection, new)
     return new
+
+
+def requests_by_hour(connection: Connection, scope: Scope, model: str, since: int) -> list[tuple[int, int]]:
+    """Hours from ``since`` on with the requests in them, of ``model`` ("" for all) and without those of batches."""
+    table = tables.usage_rollups
+    column = {"organisation": "organisation_id", "project": "project_id", "key": "api_key_id"}[scope[0]]
+    query = select(table.c.hour, func.sum(table.c.requests)).where(
+        table.c[column] == scope[1], table.c.hour >= since, table.c.batch == 0
+    )
+    if model:
+        query = query.where(table.c.model == model)
+    rows = connection.execute(query.group_by(table.c.hour).order_by(table.c.hour))
+    return [(int(hour), int(requests)) for hour, requests in rows]
 
 
 def _sum_up(connection: Connection, events: Sequence[UsageEvent]) -> None:

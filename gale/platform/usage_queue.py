@@ -87,16 +87,19 @@ class UsageQueue:
     async def flush(self) -> None:
         """Write what waits, the oldest first. Raises :class:`StoreError`, having lost nothing."""
         async with self._lock:
-            if self._current.count or self._current in self._spent:
-                self._turn_over()
             try:
                 while self._waiting:
+                    await self._write(self._waiting[0])
+                    self._waiting.pop(0).drop()
+                # Only now: while the database is away, segments are few and full.
+                if self._current.count or self._current in self._spent:
+                    self._turn_over()
                     await self._write(self._waiting[0])
                     self._waiting.pop(0).drop()
                 self._failing = False
             except StoreError:
                 self._failing = True
-                self._spill()
+                await self._spill()
                 raise
 
     async def replay(self) -> None:
@@ -140,10 +143,10 @@ class UsageQueue:
         except IntegrityError as error:  # another process has just begun the same hour
             raise StoreError("Two servers wrote usage at once; it is written again.") from error
 
-    def _spill(self) -> None:
+    async def _spill(self) -> None:
         """Put on disk what waits, and free the memory of the newest where that is too much."""
-        for segment in self._waiting:
-            segment.sync()
+        for segment in list(self._waiting):
+            await asyncio.to_thread(segment.sync)
         for segment in reversed(self._waiting):
             if self.in_memory > MOST_EVENTS:
                 segment.forget()

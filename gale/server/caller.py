@@ -21,11 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gale.core.errors import StoreError
 from gale.engine.request import Engine
 from gale.platform.access import LOCAL_OWNER, Actor
+from gale.platform.admission import Ticket
 from gale.platform.identities import Identities
 from gale.server import local_guard
 from gale.server.errors import AccessEndedError, ApiError, as_api_error
 from gale.server.json_text import to_json
-from gale.server.metered import engine_for
+from gale.server.metered import engine_for, ticket_for
 from gale.server.origins import Origins
 
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
@@ -35,6 +36,7 @@ log = structlog.get_logger("gale.server.caller")
 COOKIE = "gale_session"
 SIGN_IN = "/api/sign-in"
 _HEALTH = frozenset(("/healthz", "/readyz"))
+_METRICS = "/metrics"
 _PAGE = re.compile(r"/|/c/[^/]+|/assets/.+")
 _RECHECK_S = 1.0
 
@@ -99,7 +101,10 @@ class Identify:
         if method == "POST":
             return bool(path == SIGN_IN)
         return method in ("GET", "HEAD") and (
-            path in _HEALTH or path in self._page_files or _PAGE.fullmatch(path) is not None
+            path in _HEALTH
+            or (path == _METRICS and local_guard.asks_from_here(scope))
+            or path in self._page_files
+            or _PAGE.fullmatch(path) is not None
         )
 
 
@@ -148,6 +153,11 @@ def actor_of(request: Request) -> Actor:
 def engine_of(request: Request, engine: AnyEngine) -> AnyEngine:
     """``engine`` as whom ``request`` acts for may use it: limited, charged and counted (see gale.platform.metering)."""
     return engine_for(request, actor_of(request), engine)
+
+
+async def ask_for(request: Request, model: str, kind: str, most: int) -> Ticket:
+    """Let ``request`` use ``most`` tokens of a model that is no engine; raises and is ended as :class:`Ticket` says."""
+    return await ticket_for(request, actor_of(request), model, kind, most)
 
 
 def is_signed_in(request: Request) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,19 +25,30 @@ CONTENT_SECURITY_POLICY = (
     "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_FILES = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 _HEALTH = ("/healthz", "/readyz")
 _CLOSE = {"connection": "close"}
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
-    """What one request may weigh, and how many may be in progress."""
+    """What one request may weigh, and how many may be in progress.
+
+    ``file_body_bytes`` are for forms that bring a file, which goes to the disk as it comes.
+    """
 
     target_bytes: int = 8 * 1024
     header_bytes: int = 32 * 1024
     header_count: int = 100
     requests: int = 512
     body: BodyLimit = field(default_factory=BodyLimit)
+    file_body_bytes: int = 513 * 1024 * 1024
+
+    def body_of(self, scope: Scope) -> BodyLimit:
+        """The limits for the body of one request."""
+        if scope["method"] == "POST" and _FILES.fullmatch(scope["path"]):
+            return replace(self.body, size=self.file_body_bytes)
+        return self.body
 
 
 class Edge:
@@ -60,7 +71,7 @@ class Edge:
         headers = Headers(scope=scope)
         exchange = _Exchange(scope, _request_id(headers), send)
         scope.setdefault("state", {})["request_id"] = exchange.request_id
-        body = LimitedBody(receive, exchange.send, self._limits.body)
+        body = LimitedBody(receive, exchange.send, self._limits.body_of(scope))
         self._in_progress += 1
         try:
             self._check(scope, headers)

@@ -26,7 +26,14 @@ from gale.engine.request import (
 )
 from gale.platform.access import NotAllowedError
 from gale.platform.budgets import BudgetSpentError
-from gale.platform.errors import ConflictError, CursorError, NotFoundError
+from gale.platform.errors import (
+    ConflictError,
+    CursorError,
+    FileTooLargeError,
+    NoSpaceError,
+    NotFoundError,
+    StorageQuotaError,
+)
 from gale.platform.limits import LimitExceededError
 from gale.server.not_offered import instead_of
 
@@ -126,6 +133,12 @@ def as_api_error(error: Exception) -> ApiError:
         case ConflictError():
             # OpenAI's clients ask again after a 409, which would meet the same state.
             return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
+        case FileTooLargeError():
+            return ApiError(413, error.message, code="file_too_large", param="file")
+        case StorageQuotaError():
+            return ApiError(413, error.message, code="storage_quota_exceeded", param="file")
+        case NoSpaceError():
+            return ApiError(507, error.message, code="no_space", headers={"x-should-retry": "false"})
         case StoreError():
             return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
         case GaleError():

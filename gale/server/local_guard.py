@@ -23,7 +23,10 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from gale.server.errors import ApiError
 from gale.server.origins import Origins, foreign_page
+
+_OF_PROXIES = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
 def is_loopback(host: str) -> bool:
@@ -52,6 +55,18 @@ def check(scope: Scope, origins: Origins) -> None:
     site = headers.get("sec-fetch-site", "none")
     if site not in ("none", "same-origin") and not _follows_link(scope, headers):
         raise foreign_page()
+
+
+def asks_from_here(scope: Scope) -> bool:
+    """Whether a program on this machine asks, and neither a page nor a proxy on it that asks for somebody else."""
+    headers = Headers(scope=scope)
+    if scope.get("client") is None or any(name in headers for name in _OF_PROXIES):
+        return False
+    try:
+        check(scope, Origins())
+    except ApiError:
+        return False
+    return True
 
 
 def _follows_link(scope: Scope, headers: Headers) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
@@ -10,10 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gale.engine.request import Engine
 from gale.platform.access import Actor
-from gale.platform.admission import Admission
+from gale.platform.admission import Admission, Ticket
 from gale.platform.limits import Measure
 from gale.platform.metered_engine import MeteredEngine
 from gale.platform.metering import Metering
+from gale.server.batch_engine import patient
 
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
@@ -50,10 +51,28 @@ class Metered:
 def engine_for(request: Request, actor: Actor, engine: AnyEngine) -> AnyEngine:
     """``engine`` as ``actor`` may use it for ``request``."""
     metering: Metering = request.state.metering
-    metered = metering.engine(actor, engine, request_id=getattr(request.state, "request_id", None))
+    in_batch = getattr(request.state, "batch", None) is not None
+    metered = metering.engine(actor, patient(engine) if in_batch else engine, **_circumstances(request))
     if isinstance(metered, MeteredEngine):
         request.state.admission = metered.admission
     return metered
+
+
+async def ticket_for(request: Request, actor: Actor, model: str, kind: str, most: int) -> Ticket:
+    """Let ``actor`` use at most ``most`` tokens of a ``model`` that is no engine.
+
+    Raises what :meth:`Admission.begin` does. The ticket is to be ended with what was used.
+    """
+    metering: Metering = request.state.metering
+    request.state.admission = metering.admission(actor, model, **_circumstances(request))
+    ticket: Ticket = await request.state.admission.begin(model, kind, None, lambda: most, 0)
+    return ticket
+
+
+def _circumstances(request: Request) -> dict[str, Any]:
+    """Whether a batch asks, and the request's name."""
+    state = request.state
+    return {"batch": bool(getattr(state, "batch", None)), "request_id": getattr(state, "request_id", None)}
 
 
 def duration(seconds: float) -> str:

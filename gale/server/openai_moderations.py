@@ -16,6 +16,8 @@ from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from gale.assistant.moderation import Judgement, Moderator
+from gale.engine.request import Usage
+from gale.server.caller import ask_for
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError
 from gale.server.field_checks import Parameters
@@ -100,7 +102,7 @@ class ModerationRequest(Parameters):
 def routes(moderator: Moderator, lifecycle: Lifecycle) -> APIRouter:
     """The one route."""
     router = APIRouter(tags=["openai"])
-    name = moderator.folder.name
+    name = moderator.name
 
     @router.post("/v1/moderations", response_model=None, openapi_extra=request_schema(ModerationRequest))
     async def create(request: Request) -> Response:
@@ -112,7 +114,15 @@ def routes(moderator: Moderator, lifecycle: Lifecycle) -> APIRouter:
                 code="model_not_found",
                 param="model",
             )
-        judgements = await while_wanted(request.receive, lifecycle, moderator.judge(body.input))
+        # No token is shorter than a byte, but each text may have one more.
+        most = sum(len(text.encode()) + 1 for parts in body.input for text in parts)
+        ticket = await ask_for(request, name, "moderations", most)
+        used: Usage | None = None
+        try:
+            judgements = await while_wanted(request.receive, lifecycle, moderator.judge(body.input))
+            used = Usage(sum(judgement.tokens for judgement in judgements), 0)
+        finally:
+            ticket.end(used)
         judged = [category for category in CATEGORIES if category in judgements[0].scores]
         return await json_response(
             {

@@ -13,11 +13,11 @@ from sqlalchemy import Connection, select
 from gale.engine.request import Finished, SamplingParams
 from gale.platform import tables
 from gale.platform.access import Actor
-from gale.platform.budgets import Budget, BudgetKey, Budgets, read_budgets
+from gale.platform.budgets import Budget, BudgetKey, read_budgets, set_budget
 from gale.platform.database import Database
-from gale.platform.limits import Limits
+from gale.platform.limits import change_limits
 from gale.platform.metering import Metering
-from gale.platform.prices import Price, Prices
+from gale.platform.prices import Price, set_price
 from gale.text.template import Message
 from tests.server.scripted_engine import ScriptedEngine
 
@@ -66,15 +66,15 @@ class Bench:
         return Metering(database, self.folder, clock=self.clocks.monotonic, now_us=self.clocks.now_us)
 
     async def limit(self, model: str = "", **values: int | None) -> None:
-        await Limits(self.database).change(PROJECT, model, values)
+        await self.database.write(lambda connection: change_limits(connection, PROJECT, model, values))
         await self.metering.refresh()
 
     async def price(self, price: Price = A_MICRO_EACH, model: str = "") -> None:
-        await Prices(self.database).set(model, price)
+        await self.database.write(lambda connection: set_price(connection, model, price))
         await self.metering.refresh()
 
     async def budget(self, limit_micro: int, key: BudgetKey = TOTAL) -> None:
-        await Budgets(self.database).set(key, limit_micro, self.clocks.us)
+        await self.database.write(lambda connection: set_budget(connection, key, limit_micro, self.clocks.us))
         await self.metering.refresh()
 
     async def budgets(self) -> dict[BudgetKey, Budget]:

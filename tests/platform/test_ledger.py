@@ -16,12 +16,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from gale.engine.request import Usage
 from gale.platform.admission import Admission, Ticket
-from gale.platform.budgets import BudgetKey, Budgets, BudgetSpentError
+from gale.platform.budgets import BudgetKey, BudgetSpentError
 from gale.platform.database import Database
 from gale.platform.metering import Metering
-from gale.platform.prices import Prices
 from gale.platform.purses import BEAT_S, LIFE_S
-from tests.platform.metered import A_MICRO_EACH, ACTOR, PROJECT, Bench
+from tests.platform.metered import ACTOR, PROJECT, Bench
 
 Result = TypeVar("Result")
 
@@ -42,9 +41,9 @@ class Ledger(RuleBasedStateMachine):
         self.bench = Bench("sqlite://", self.database, Path(self.folder.name))
         self.limits = {WIDE: wide, NARROW: narrow}
         self.cost = 0  # of everything that was used
-        self.run(Prices(self.database).set("", A_MICRO_EACH))
+        self.run(self.bench.price())
         for key, limit in self.limits.items():
-            self.run(Budgets(self.database).set(key, limit, self.bench.clocks.us))
+            self.run(self.bench.budget(limit, key))
         self.servers: list[Metering] = [self.started() for _ in range(3)]
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -115,7 +114,7 @@ class Ledger(RuleBasedStateMachine):
     @rule(key=st.sampled_from([WIDE, NARROW]), more=st.integers(0, 100))
     def raise_limit(self, key: BudgetKey, more: int) -> None:
         self.limits[key] += more
-        self.run(Budgets(self.database).set(key, self.limits[key], self.bench.clocks.us))
+        self.run(self.bench.budget(self.limits[key], key))
 
     @invariant()
     def nobody_is_promised_more_than_there_is(self) -> None:

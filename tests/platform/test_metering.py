@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from gale.core.errors import StoreError
-from gale.engine.request import EngineFailedError, Finished, SamplingParams
+from gale.engine.request import Decision, Embeddings, EngineFailedError, Finished, SamplingParams, Usage
 from gale.platform import purses, usage_queue
 from gale.platform.access import NotAllowedError
 from gale.platform.budgets import BudgetKey, BudgetSpentError
+from gale.platform.metering import Metering
 from gale.platform.prices import Price
 from gale.text.template import Message
 from tests.platform.metered import A_MICRO_EACH, ACTOR, PROJECT, TOTAL, bench, finish
+from tests.server.scripted_engine import ScriptedEngine
 
 
 def test_an_answer_becomes_an_event_and_a_sum_of_its_hour(database_url: str) -> None:
@@ -286,6 +288,7 @@ def test_too_much_that_waits_stops_what_costs_a_budget_and_nothing_else(
 ) -> None:
     async def main() -> None:
         monkeypatch.setattr(usage_queue, "MOST_EVENTS", 4)
+        monkeypatch.setattr(usage_queue, "_SEGMENT_EVENTS", 2)
         async with bench(database_url, tmp_path / "usage") as b:
             await b.price()
             await b.ask("one")
@@ -447,8 +450,6 @@ def test_a_request_with_a_budget_waits_for_the_database_only_where_its_block_is_
 def test_what_was_used_without_an_engine_of_ours_is_recorded(database_url: str) -> None:
     async def main() -> None:
         async with bench(database_url) as b:
-            from gale.engine.request import Usage
-
             await b.price(A_MICRO_EACH)
             await b.metering.ready()
             b.metering.record(ACTOR, "ft:one", "fine_tuning", Usage(70, 0))
@@ -457,3 +458,69 @@ def test_what_was_used_without_an_engine_of_ours_is_recorded(database_url: str) 
             assert (event["kind"], event["input_tokens"], event["cost_micro"]) == ("fine_tuning", 70, 70)
 
     asyncio.run(main())
+
+
+def test_a_server_that_is_alone_frees_at_once_what_its_killed_one_held(database_url: str) -> None:
+    async def main() -> None:
+        async with bench(database_url) as b:
+            await b.price()
+            await b.budget(100)
+            await b.ask("one two", max_tokens=90)
+            fresh = Metering(b.database, alone=True, clock=b.clocks.monotonic, now_us=b.clocks.now_us)
+            await b.ask("one two", max_tokens=97, metering=fresh)
+            assert fresh.purses.living == 1
+
+    asyncio.run(main())
+
+
+def test_many_questions_of_one_request_are_each_paid_for(database_url: str) -> None:
+    async def main() -> None:
+        async with bench(database_url) as b:
+            await b.price()
+            await b.budget(1000)
+            reader = b.metering.engine(ACTOR, ReadingEngine())
+            await reader.decide([1] * 30, ["a"])
+            await reader.decide([1] * 500, ["a"])
+            with pytest.raises(BudgetSpentError):
+                await reader.decide([1] * 480, ["a"])
+            await b.metering.queue.flush()
+            (event,) = await b.rows("usage_events")
+            assert (event["requests"], event["input_tokens"]) == (1, 530)
+            reading = asyncio.create_task(reader.embed([[0] * 40]))  # never ends
+            await asyncio.sleep(0.05)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await b.metering.queue.flush()
+            assert (await b.budgets())[TOTAL].used_micro == 570
+            assert (await b.budgets())[TOTAL].held_micro == b.metering.purses._purses[TOTAL].free
+
+    asyncio.run(main())
+
+
+def test_a_reader_of_a_project_asks_no_model(database_url: str) -> None:
+    async def main() -> None:
+        async with bench(database_url) as b:
+            with pytest.raises(NotAllowedError):
+                await b.ask("one", actor=replace(ACTOR, role="reader"))
+            with pytest.raises(NotAllowedError):
+                await b.ask("one", actor=replace(ACTOR, scopes=frozenset({"read"})))
+
+    asyncio.run(main())
+
+
+class ReadingEngine(ScriptedEngine):
+    """Reads prompts, and texts for ever."""
+
+    embedding_size = 2
+
+    def encode_chat(self, messages: list[Message], *, adapter: str | None = None) -> list[int]:
+        raise NotImplementedError
+
+    encode = encode_text = token_bytes = complete = encode_chat  # type: ignore[assignment]
+
+    async def embed(self, inputs: object, **more: object) -> Embeddings:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def decide(self, prompt: list[int], labels: object, *, adapter: str | None = None) -> Decision:
+        return Decision([0.0], len(prompt))

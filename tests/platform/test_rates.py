@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gale.platform.limits import Limit, LimitExceededError
+from gale.platform.metering import Metering
 from gale.platform.rates import Rates
 from gale.platform.windows import Window
-from tests.platform.metered import PROJECT, bench
+from tests.platform.metered import ACTOR, PROJECT, bench, finish
 
 
 @given(
@@ -155,5 +156,35 @@ def test_a_limit_that_is_lifted_limits_no_more(database_url: str) -> None:
             await b.limit(requests_per_minute=None)
             await b.ask("one")
             assert await b.rows("limits") == []
+
+    asyncio.run(main())
+
+
+def test_what_was_asked_before_a_restart_counts_for_the_day(database_url: str) -> None:
+    async def main() -> None:
+        async with bench(database_url) as b:
+            await b.limit(requests_per_day=3)
+            await b.ask("one")
+            await b.ask("one")
+            await b.ask("one", batch=True)
+            await b.metering.queue.flush()
+            fresh = Metering(b.database, alone=True, clock=b.clocks.monotonic, now_us=b.clocks.now_us)
+            await b.ask("one", metering=fresh)
+            with pytest.raises(LimitExceededError):
+                await b.ask("one", metering=fresh)
+            await fresh.refresh()  # and is not counted twice
+            b.clocks.seconds += 26 * 3600
+            await b.ask("one", metering=fresh)
+
+    asyncio.run(main())
+
+
+def test_all_choices_of_a_refused_request_are_refused(database_url: str) -> None:
+    async def main() -> None:
+        async with bench(database_url) as b:
+            await b.limit(requests_per_minute=0)
+            engine = b.metering.engine(ACTOR, b.engine)
+            done = await asyncio.gather(*[finish(engine, "one") for _ in range(3)], return_exceptions=True)
+            assert {type(each) for each in done} == {LimitExceededError}
 
     asyncio.run(main())

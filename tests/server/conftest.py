@@ -39,12 +39,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """SQLite's; in tests marked ``both_databases`` PostgreSQL's too."""
     with contextlib.ExitStack() as stack:
+        folder = tmp_path_factory.mktemp("store")
         if getattr(request, "param", "sqlite") == "sqlite":
-            url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'gale.db'}"
+            url = f"sqlite:///{folder / 'gale.db'}"
         else:
             server: PostgresqlServer = request.getfixturevalue("postgresql")
             url = stack.enter_context(server.database())
-        yield stack.enter_context(contextlib.closing(Store.open(url)))
+        yield stack.enter_context(contextlib.closing(Store.open(url, files=folder / "files")))
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import Connection, select
 
 from gale.engine.local import LocalEngine
-from gale.platform.budgets import BudgetKey, Budgets
-from gale.platform.limits import Limits
-from gale.platform.prices import Price, Prices
+from gale.platform import tables
+from gale.platform.budgets import BudgetKey, set_budget
+from gale.platform.limits import change_limits
+from gale.platform.prices import Price, set_price
 from gale.platform.store import Store
 from gale.server.metered import duration
 from tests.server.live import Live, eventually
@@ -31,12 +33,12 @@ def own(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def set_up(*work: Coroutine[Any, Any, Any]) -> None:
-    async def main() -> None:
-        for each in work:
-            await each
+def write(store: Store, work: Callable[[Connection], Any]) -> None:
+    asyncio.run(store.database.write(work))
 
-    asyncio.run(main())
+
+def limit(store: Store, values: dict[str, int | None]) -> None:
+    write(store, lambda connection: change_limits(connection, PROJECT, "", values))
 
 
 def client_of(server: Live) -> openai.OpenAI:
@@ -44,10 +46,6 @@ def client_of(server: Live) -> openai.OpenAI:
 
 
 def events_of(store: Store) -> list[dict[str, Any]]:
-    from sqlalchemy import select
-
-    from gale.platform import tables
-
     query = select(tables.usage_events).order_by(tables.usage_events.c.created_at)
     rows = asyncio.run(store.database.read(lambda connection: connection.execute(query).mappings().all()))
     return [dict(row) for row in rows]
@@ -65,7 +63,7 @@ def test_a_client_without_limits_is_told_of_none(live: Live) -> None:
 
 
 def test_limits_of_requests_and_tokens_count_down_in_the_headers(own: Store, launch: Callable[..., Live]) -> None:
-    set_up(Limits(own.database).change(PROJECT, "", {"requests_per_minute": 3, "tokens_per_minute": 1000}))
+    limit(own, {"requests_per_minute": 3, "tokens_per_minute": 1000})
     client = client_of(launch(store=own))
     for left in (2, 1, 0):
         raw = client.chat.completions.with_raw_response.create(model="scripted/one", messages=HI)
@@ -86,7 +84,7 @@ def test_limits_of_requests_and_tokens_count_down_in_the_headers(own: Store, lau
 
 
 def test_a_stream_tells_what_is_left_as_it_begins(own: Store, launch: Callable[..., Live]) -> None:
-    set_up(Limits(own.database).change(PROJECT, "", {"tokens_per_minute": 1000}))
+    limit(own, {"tokens_per_minute": 1000})
     server = launch(store=own)
     body = {"model": "scripted/one", "messages": HI, "stream": True, "max_tokens": 40}
     response = server.http.post("/v1/chat/completions", json=body)
@@ -95,7 +93,7 @@ def test_a_stream_tells_what_is_left_as_it_begins(own: Store, launch: Callable[.
 
 
 def test_tokens_that_can_never_be_had_are_not_asked_for_again(own: Store, launch: Callable[..., Live]) -> None:
-    set_up(Limits(own.database).change(PROJECT, "", {"tokens_per_minute": 10}))
+    limit(own, {"tokens_per_minute": 10})
     with pytest.raises(openai.RateLimitError) as caught:
         client_of(launch(store=own)).chat.completions.create(model="scripted/one", messages=HI, max_tokens=50)
     assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "tokens")
@@ -104,10 +102,8 @@ def test_tokens_that_can_never_be_had_are_not_asked_for_again(own: Store, launch
 
 
 def test_a_spent_budget_is_insufficient_quota(own: Store, launch: Callable[..., Live]) -> None:
-    set_up(
-        Prices(own.database).set("", Price(1_000_000, 1_000_000, 1_000_000)),
-        Budgets(own.database).set(BudgetKey(PROJECT, "month"), 30, 1_700_000_000_000_000),
-    )
+    write(own, lambda connection: set_price(connection, "", Price(1_000_000, 1_000_000, 1_000_000)))
+    write(own, lambda connection: set_budget(connection, BudgetKey(PROJECT, "month"), 30, 1_700_000_000_000_000))
     server = launch(store=own)
     client = client_of(server)
     client.chat.completions.create(model="scripted/one", messages=HI, max_tokens=20)
