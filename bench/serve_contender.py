@@ -188,7 +188,7 @@ ABOUT: dict[str, int] = {}
 
 def model_bytes(model: Any) -> dict[str, int]:
     """Bytes of the weights as they are served, and of a token's keys and values."""
-    from gale.model.quantised import PackedLinear
+    from gale.model.packed import PackedLinear
 
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     weights = sum(layer.packed.nbytes + layer.scales.nbytes for layer in layers)

@@ -75,6 +75,10 @@ def serve(
             min=1, metavar="TOKENS", help="Its context, where it keeps that secret.", rich_help_panel=_UPSTREAM
         ),
     ] = None,
+    train_on_ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Train fine-tuning jobs on the Ray cluster at this address."),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +136,7 @@ def serve(
         sock = listen(host, port, accounts=asyncio.run(store.sessions.accounts_exist()))
         with opened(choice, port=sock.getsockname()[1]) as engine:
             lifecycle = Lifecycle()
-            app = create_app(engine, store, lifecycle=lifecycle, origins=origins)
+            app = create_app(engine, store, lifecycle=lifecycle, origins=origins, training_ray=train_on_ray)
             link = asyncio.run(store.sessions.owner_link())
 
             def say_ready() -> None:

@@ -159,6 +159,7 @@ def _rouge_n(length: int) -> None:
 
     @_named(f"rouge_{length}")
     def rouge_n(answer: str, expected: str, options: VerifierOptions) -> float:
+        """ROUGE-N as an F1 (Lin 2004): runs of so many words, or of characters for Chinese, that are in both."""
         first, second = (
             Counter(zip(*(words[start:] for start in range(length)), strict=False))
             for words in (_words(answer), _words(expected))

@@ -82,10 +82,11 @@ class BatchAdapters:
         """For the forward pass within: whose the rows of the batch are, run by run, and how many."""
         self._groups = _groups(work, self._model.embed_tokens.weight.device)
         self._place_hooks()
+        self._model.hooked = bool(self._groups)
         try:
             yield
         finally:
-            self._groups = []
+            self._groups, self._model.hooked = [], False
 
     def _place_hooks(self) -> None:
         """Hooks on the layers that this step's adapters change; none at all once nothing is loaded any more."""

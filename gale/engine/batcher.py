@@ -30,6 +30,8 @@ from gale.model.transformer import Decoder
 _SCORED_ROWS = 64
 # Tokens that a sequence may go on for before there could be too little memory, where another is to start beside it.
 _HEADROOM = 16
+# Tokens of an answer for which there is room before keys and values are copied to a larger place.
+_ANSWER_TOKENS = 128
 # Rows of answers and drafts that a step may have; up to about here a linear layer waits for its weights anyway.
 _DRAFT_ROWS = 32
 
@@ -168,7 +170,7 @@ class Batcher:
     ) -> None:
         """Give each sequence the token that follows its row, and those that follow its drafts while they are right."""
         rows = [row + place for sequence, row in sampled for place in range(len(drafts.get(sequence, ())) + 1)]
-        logits_SV = self._model.logits(hidden_NC[rows]).float().cpu()
+        logits_SV = self._model.logits(hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows]).cpu()
         lengths = [len(sequence.tokens) for sequence, _ in sampled]
         row_of = {row: place for place, row in enumerate(rows)}
         going = sampled
@@ -292,7 +294,9 @@ class Batcher:
             sequence, count = work[place]
             assert sequence.cache is not None
             try:
-                sequence.cache.reserve(count)
+                # The whole prompt and a beginning of the answer.
+                left = sequence.most_tokens - sequence.cache.length
+                sequence.cache.reserve(count, expected=min(sequence.unread + _ANSWER_TOKENS, left))
                 place += 1
             except (MemoryError, RuntimeError) as error:  # torch has no name of its own for it on a CPU
                 log.warning("no_memory_for_keys_and_values", cached_tokens=self.cached_tokens, error=str(error))

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,12 +70,12 @@ class SequenceCache:
         """Tokens there is room for now."""
         return self._keys_LKTD.shape[2]
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` more."""
+    def reserve(self, tokens: int, *, expected: int = 0) -> None:
+        """Make room for ``tokens`` more, and if that takes memory for all that are ``expected``, to copy less later."""
         needed, capacity = self.length + tokens, self.capacity
         if needed > capacity:
-            capacity = min(max(needed, 2 * capacity, _FIRST_CAPACITY), max(needed, self._config.context_length))
-            self._resize(capacity)
+            capacity = max(needed, self.length + expected, 2 * capacity, _FIRST_CAPACITY)
+            self._resize(min(capacity, max(needed, self._config.context_length)))
 
     def trim(self, tokens: int) -> None:
         """Give back what is far more than ``tokens`` need."""
@@ -152,19 +153,18 @@ class CachedAttention:
 
     def __init__(self, caches: list[SequenceCache], counts: list[int], config: ModelConfig) -> None:
         self.caches, self.counts, self.config = caches, counts, config
-        self._native: Any = None  # what the kernels need to know of the batch, the same for all layers
+
+    @cached_property
+    def batch(self) -> kernels.Batch:
+        """What the kernels need to know of it, the same for all layers."""
+        return kernels.sequences(
+            [(*cache.tensors, cache.length, count) for cache, count in zip(self.caches, self.counts, strict=True)]
+        )
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         window, softcap = self.config.window(layer), self.config.attention_softcap
         if kernels.serve(q_NHD) and kernels.can_attend() and q_NHD.shape[-1] % 4 == 0 and softcap is None:
-            if self._native is None:
-                self._native = kernels.sequences(
-                    [
-                        (*cache.tensors, cache.length, count)
-                        for cache, count in zip(self.caches, self.counts, strict=True)
-                    ]
-                )
-            return kernels.attend(self._native, layer, q_NHD, k_NKD, v_NKD, window)
+            return kernels.attend(self.batch, layer, q_NHD, k_NKD, v_NKD, window)
         out_NHD = torch.empty_like(q_NHD)
         low = 0
         for cache, count in zip(self.caches, self.counts, strict=True):

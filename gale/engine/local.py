@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from gale.core.device import choose_compute
+from gale.core.device import choose_compute, return_freed_memory
 from gale.core.errors import ModelError
 from gale.core.model_folder import model_name
 from gale.engine.adapters import Adapter, BatchAdapters
@@ -21,6 +21,7 @@ from gale.engine.batcher import Batcher
 from gale.engine.grammar import Grammars
 from gale.engine.kv_cache import cached_tokens_that_fit
 from gale.engine.options import EngineOptions
+from gale.engine.outbox import Outbox
 from gale.engine.pace import Pace
 from gale.engine.prompts import Prompts, end_tokens
 from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
@@ -47,7 +48,8 @@ from gale.model import kernels
 from gale.model.adapter_folder import read_adapter_layers
 from gale.model.attention import PackedAttention
 from gale.model.checkpoint import load_model, load_tokenizer
-from gale.model.quantised import Weights, quantise, served_by_kernels
+from gale.model.native import served_by_kernels
+from gale.model.quantised import Weights, quantise
 from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
@@ -64,7 +66,7 @@ class LocalEngine:
     """A model in this process. Implements :class:`gale.engine.request.Reader`.
 
     The event loop never computes: requests travel to the engine's thread through a queue, events travel back
-    through ``call_soon_threadsafe``.
+    through an :class:`gale.engine.outbox.Outbox`.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class LocalEngine:
         self._batcher: Batcher | None = None  # the thread's, from when it has begun
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
+        self._outbox = Outbox()
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="gale-engine", daemon=True)
         self._thread.start()
@@ -126,6 +129,7 @@ class LocalEngine:
         Raises :class:`gale.core.errors.ModelError`.
         """
         compute = choose_compute()
+        return_freed_memory()
 
         def opened(folder: Path) -> Decoder:
             model = load_model(folder, dtype=compute.dtype, device=compute.device)
@@ -133,6 +137,7 @@ class LocalEngine:
             return model
 
         model, guesser = opened(folder), None if draft is None else opened(draft)
+        return_freed_memory()  # of what was only in between
         tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")
@@ -308,19 +313,13 @@ class LocalEngine:
         adapter = self._adapters.get(sampling.adapter)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[PromptScores | Event | Exception] = asyncio.Queue()
-
-        def emit(event: PromptScores | Event | Exception) -> None:
-            # The loop may be gone when the server stops in the middle of an answer.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         sequence = Sequence(
             prompt,
             sampling,
             room=room,
             end_tokens=self._end_tokens if adapter is None else adapter.end_tokens,
             stream=self._tokenizer.stream(reply.shown if reply else None),
-            emit=emit,
+            emit=partial(self._outbox.put, loop, events.put_nowait),
             constraint=constraint,
             adapter=adapter,
             observer=observer,
@@ -388,6 +387,7 @@ class LocalEngine:
                 while True:
                     if sequence is None:
                         batcher.abandon(EngineFailedError("The engine was stopped."))
+                        self._outbox.send()
                         return
                     batcher.add(sequence)
                     sequence = self._inbox.get(block=False)
@@ -399,3 +399,5 @@ class LocalEngine:
                 # First the waiting, then the log: should even that fail, nobody waits for ever.
                 batcher.abandon(EngineFailedError("The engine failed while answering; the request was not finished."))
                 log.exception("engine_step_failed", error=str(error))
+            finally:
+                self._outbox.send()

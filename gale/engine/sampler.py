@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gale.engine.penalties import Penalties
 from gale.engine.request import SamplingParams
+from gale.model import kernels
 
 # Enough for top-p in nearly every case; sorting a whole vocabulary for each token would cost milliseconds.
 _SHORT_LIST = 256
@@ -85,7 +86,7 @@ class Sampler:
 
 
 def choose(samplers: list[Sampler], logits_SV: Tensor) -> list[int]:
-    """One token id for each sampler from its row of fp32 scores."""
+    """One token id for each sampler from its row of scores, which stay as they are."""
     tokens: list[int] = []
     at_once = max(1, _SCORES_AT_ONCE // logits_SV.shape[1])
     for low in range(0, len(samplers), at_once):
@@ -95,12 +96,15 @@ def choose(samplers: list[Sampler], logits_SV: Tensor) -> list[int]:
 
 def _choose(samplers: list[Sampler], logits_RV: Tensor) -> list[int]:
     edited = [row for row, sampler in enumerate(samplers) if sampler.edits]
-    if edited:
-        logits_RV = logits_RV.clone()  # whoever asks for log-probabilities wants the model's own
-        for row in edited:
-            samplers[row].edit(logits_RV[row])
-    tokens_R = logits_RV.argmax(-1)
     params = [sampler.params for sampler in samplers]
+    if not edited and all(p.temperature == 0 for p in params):
+        likeliest: list[int] = likeliest_tokens(logits_RV).tolist()
+        return likeliest
+    # A copy: whoever asks for log-probabilities wants the model's own.
+    logits_RV = logits_RV.to(torch.float32, copy=bool(edited))
+    for row in edited:
+        samplers[row].edit(logits_RV[row])
+    tokens_R = logits_RV.argmax(-1)
     for filtered in (False, True):
         rows = [row for row, p in enumerate(params) if p.temperature > 0 and _filters(p) == filtered]
         if not rows:
@@ -117,6 +121,11 @@ def _choose(samplers: list[Sampler], logits_RV: Tensor) -> list[int]:
             tokens_R[rows] = _draw(probabilities_RV, drawn_R)
     tokens: list[int] = tokens_R.tolist()
     return tokens
+
+
+def likeliest_tokens(logits_RV: Tensor) -> Tensor:
+    """The token [R] with the highest score in each row."""
+    return kernels.likeliest(logits_RV) if kernels.serve(logits_RV) else logits_RV.argmax(-1)
 
 
 def _filters(params: SamplingParams) -> bool:

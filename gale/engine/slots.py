@@ -23,7 +23,7 @@ class SlotCache(SequenceCache):
         super().__init__(config, keys_LKTD, values_LKTD)
         self.slot = slot
 
-    def reserve(self, tokens: int) -> None:
+    def reserve(self, tokens: int, *, expected: int = 0) -> None:
         """A slot has its final size from the beginning."""
         assert self.length + tokens <= self.capacity, "slots are as long as their longest sequence"
 

@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from gale.engine.kv_cache import OwnCaches, SequenceCache
+from gale.engine.sampler import likeliest_tokens
 from gale.engine.sequence import Sequence
 from gale.model.transformer import Decoder
 
@@ -179,7 +180,7 @@ class DraftModel:
         for cache, count in zip(caches, counts, strict=True):
             cache.advance(count)
         last = torch.tensor(counts, device=self._device).cumsum(0) - 1
-        guesses: list[int] = self._model.logits(hidden_NC[last]).argmax(-1).tolist()
+        guesses: list[int] = likeliest_tokens(self._model.logits(hidden_NC[last])).tolist()
         return guesses
 
     def verified(self, sequence: Sequence) -> None:

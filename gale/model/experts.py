@@ -9,6 +9,7 @@ Transformer, Fedus et al. 2021), router z-loss (ST-MoE, Zoph et al. 2022).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,8 +62,6 @@ class MixtureOfExperts(nn.Module):
         self.experts = ExpertWeights(config.experts.count, config.hidden_size, config.experts.intermediate_size)
         self.losses: dict[str, Tensor] = {}
 
-    # torch.compile would compile anew for every split of tokens among experts, until it gives up.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_NC: Tensor) -> Tensor:
         logits_NE = self.gate(x_NC)
         weights_NJ, chosen_NJ = route(logits_NE, self.per_token, normalise=self.normalise)
@@ -77,6 +76,15 @@ class MixtureOfExperts(nn.Module):
         # Summed token by token, so the order of addition cannot depend on what else is in the batch.
         out_NC: Tensor = (out_AC.unflatten(0, (-1, self.per_token)) * weights_NJ[..., None]).sum(1)
         return out_NC
+
+
+@cache
+def hide_from_compiler() -> None:
+    """To be called before torch.compile, which would compile anew for every split of tokens among experts.
+
+    It is no decorator because that loads the compiler: 70 MB of which an engine has no use.
+    """
+    MixtureOfExperts.forward = torch.compiler.disable(MixtureOfExperts.forward)  # type: ignore[method-assign]
 
 
 def route(logits_NE: Tensor, per_token: int, *, normalise: bool) -> tuple[Tensor, Tensor]:

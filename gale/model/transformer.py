@@ -16,6 +16,7 @@ attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), QK-norm (Dehghani et al.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from gale.model import kernels
 from gale.model.config import ModelConfig
 from gale.model.experts import AUXILIARY_LOSSES, MixtureOfExperts
+from gale.model.native import NativeLayers
 
 # The matrices that write into the residual stream.
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
@@ -156,19 +158,26 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocabulary_size, config.hidden_size)
+        # Not drawn by torch, which without memory ("meta") loads its compiler for that: a second, and 70 MB.
+        blank_VC = torch.empty(config.vocabulary_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(blank_VC, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, unit_offset=config.unit_offset_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False)
         self.mapped_bytes = 0  # of weights that are a file, which the system counts as free memory
+        self.native: NativeLayers | None = None  # all layers in one call
+        self.hooked = False  # whether hooks change what single layers compute now
         self.retie()
 
     def retie(self) -> None:
         """Set what is not stored: the tied head and the rotary frequencies. Call after ``to_empty``."""
         if self.config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        device = self.embed_tokens.weight.device
+        if device.type == "meta":  # nothing is computed there, and torch would load its compiler to do so
+            return
         # Not a buffer: the rotary frequencies must stay fp32 when the weights are cast to bf16.
-        with torch.device(self.embed_tokens.weight.device):
+        with torch.device(device):
             self._frequencies = {False: rotary_frequencies(self.config)}
             if self.config.local_rope_theta is not None:
                 self._frequencies[True] = rotary_frequencies(self.config, local=True)
@@ -179,6 +188,9 @@ class Decoder(nn.Module):
         x_NC = self.embed_tokens(ids_N)
         if config.embedding_scale != 1:  # a number of the weights' own format, as Gemma was trained with
             x_NC = x_NC * torch.tensor(config.embedding_scale, dtype=x_NC.dtype)
+        batch = getattr(attend, "batch", None)  # attention over sequences' own caches has one
+        if self.native is not None and not self.hooked and batch is not None and kernels.serve(x_NC):
+            return self.native(x_NC, positions_N, batch, partial(self.rotary, dtype=x_NC.dtype))
         tables = local = self.rotary(positions_N, x_NC.dtype)
         if config.local_rope_theta is not None:
             local = self.rotary(positions_N, x_NC.dtype, local=True)
@@ -211,7 +223,8 @@ class Decoder(nn.Module):
         frequencies_D = self._frequencies[local] = self._frequencies[local].to(positions_N.device)  # it may have moved
         scaling = None if local else self.config.rope_scaling
         scale = 1.0 if scaling is None else scaling.attention_factor
-        tables: tuple[Tensor, Tensor] = rotary_tables(positions_N, frequencies_D, dtype, scale)
+        compute = rotary_tables if torch.compiler.is_compiling() else _tables
+        tables: tuple[Tensor, Tensor] = compute(positions_N, frequencies_D, dtype, scale)
         return tables
 
     def initialise(self, seed: int) -> None:
@@ -227,11 +240,7 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
 
 
-# A custom operator, so that torch.compile does not compute sines and cosines anew in every kernel that uses them.
-@torch.library.custom_op("gale::rotary_tables", mutates_args=())
-def rotary_tables(
-    positions_N: Tensor, frequencies_D: Tensor, dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor]:
+def _tables(positions_N: Tensor, frequencies_D: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
     """``scale`` times cosine and sine [N, 1, D] of each position times each of the D/2 frequencies."""
     angles_ND = torch.outer(positions_N.float(), frequencies_D)
     angles_ND = torch.cat((angles_ND, angles_ND), dim=-1)[:, None]
@@ -239,6 +248,10 @@ def rotary_tables(
     if scale != 1:
         cos_ND, sin_ND = cos_ND * scale, sin_ND * scale
     return cos_ND.to(dtype), sin_ND.to(dtype)
+
+
+# A custom operator, so that torch.compile does not compute sines and cosines anew in every kernel that uses them.
+rotary_tables = torch.library.custom_op("gale::rotary_tables", _tables, mutates_args=())
 
 
 @rotary_tables.register_fake

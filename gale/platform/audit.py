@@ -139,14 +139,12 @@ def _describe(connection: Connection, actor: Actor, address: str | None) -> dict
     """OpenAI's object for ``actor``; a session without a user is the server's own shell, or nobody who is known."""
     users = tables.users
     user = connection.execute(select(users.c.kind, users.c.email).where(users.c.id == actor.user_id)).one_or_none()
+    about = {"id": actor.user_id, **({"email": user.email} if user is not None and user.email else {})}
     if actor.key_id is None:
-        person = {"id": actor.user_id, "email": user.email} if user else None
-        return {"type": "session", "session": {"user": person, "ip_address": address}}
-    if user is not None and user.kind == "service":
-        owner = {"type": "service_account", "service_account": {"id": actor.user_id}}
-    else:
-        owner = {"type": "user", "user": {"id": actor.user_id, "email": user.email if user else None}}
-    return {"type": "api_key", "api_key": {"id": actor.key_id, **owner}}
+        place = {} if address is None else {"ip_address": address}
+        return {"type": "session", "session": {**({"user": about} if actor.user_id else {}), **place}}
+    kind = "service_account" if user is not None and user.kind == "service" else "user"
+    return {"type": "api_key", "api_key": {"id": actor.key_id, "type": kind, kind: about}}
 
 
 def _storable(texts: Sequence[str]) -> list[str]:

@@ -69,6 +69,7 @@ class FineTunedModels:
         self._loaded: dict[str, FineTuned] = {}
         self._known: set[str] = set()  # those that the store has told of
         self._refused: set[str] = set()  # said once, not at every look
+        self._tidied: set[str] = set()
         self._lock = asyncio.Lock()
 
     @property
@@ -99,9 +100,13 @@ class FineTunedModels:
             self._unload(model.name)
 
     async def refresh(self) -> None:
-        """Load and unload what has changed. Raises :class:`StoreError`."""
+        """Load and unload what has changed, and forget what jobs that ended were trained on.
+
+        Raises :class:`StoreError`.
+        """
         async with self._lock:
-            there = {model.name: model for model in await self._database.read(self._read)}
+            ended = await self._database.read(self._read)
+            there = {model.name: model for models in ended.values() for model in models}
             for name in self._known & self._loaded.keys() - there.keys():
                 self._unload(name)
             self._known = set(there)
@@ -111,6 +116,11 @@ class FineTunedModels:
                 except ModelError as error:  # of a base that has changed since, or gone from the disk
                     self._refused.add(model.name)
                     log.warning("fine_tuned_model_not_served", model=model.name, reason=error.message)
+
+            for job_id in ended.keys() - self._tidied:
+                # People who delete a file want no copy of it left, and a job that ended needs none.
+                await asyncio.to_thread(shutil.rmtree, job_folder(self._home, job_id) / "data", ignore_errors=True)
+                self._tidied.add(job_id)
 
     async def delete(self, actor: Actor, name: str) -> None:
         """Unload a model and remove it for good. Raises :class:`NotFoundError` and :class:`NotAllowedError`."""
@@ -134,14 +144,15 @@ class FineTunedModels:
         with contextlib.suppress(UnknownAdapterError):
             self._engine.unload_adapter(name)
 
-    def _read(self, connection: Connection) -> list[FineTuned]:
-        """The models of this base by all jobs that have ended."""
+    def _read(self, connection: Connection) -> dict[str, list[FineTuned]]:
+        """The jobs over this base that have ended, each with its models."""
         query = select(_TABLE).where(_TABLE.c.kind == KIND, _TABLE.c.state.in_(sorted(FINAL_STATES)))
-        return [
-            FineTuned(
-                each["name"], row.id, row.project_id, job_folder(self._home, row.id) / each["folder"], row.updated_at
-            )
-            for row in connection.execute(query)
-            if row.payload["base"] == self._engine.model_id
-            for each in row.result.get("models", [])
-        ]
+        ended: dict[str, list[FineTuned]] = {}
+        for row in connection.execute(query):
+            if row.payload["base"] == self._engine.model_id:
+                folder = job_folder(self._home, row.id)
+                ended[row.id] = [
+                    FineTuned(each["name"], row.id, row.project_id, folder / each["folder"], row.updated_at)
+                    for each in row.result.get("models", [])
+                ]
+        return ended

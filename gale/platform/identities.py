@@ -12,9 +12,9 @@ import hmac
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, exists, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, exists, or_, select, update
 
 from gale.core.errors import StoreError
 from gale.platform import tables
@@ -136,6 +136,21 @@ def _find_key(connection: Connection, digest: bytes) -> _Known | None:
     row = connection.execute(select(keys).where(keys.c.digest == digest, keys.c.revoked_at.is_(None))).one_or_none()
     if row is None or not hmac.compare_digest(bytes(row.digest), digest):
         return None
+    return _holder(connection, row)
+
+
+def may_go_on(connection: Connection, actor: Actor) -> bool:
+    """Whether ``actor``, for whom work goes on, is still let in: their key, or they themselves where they had none."""
+    if actor.key_id is None:
+        return actor.user_id is None or person(connection, actor.user_id) is not None
+    keys = tables.api_keys
+    row = connection.execute(select(keys).where(keys.c.id == actor.key_id, keys.c.revoked_at.is_(None))).one_or_none()
+    known = None if row is None else _holder(connection, row)
+    return known is not None and (known.expires_at is None or known.expires_at > now_us())
+
+
+def _holder(connection: Connection, row: Row[Any]) -> _Known | None:
+    """Whom a key that was not revoked stands for."""
     roles = _roles(connection, row.user_id, row.organisation_id)
     if row.project_id is None:
         role = roles.get("")

@@ -32,6 +32,7 @@ from gale.server import (
     openai_moderations,
     openai_responses,
     openai_uploads,
+    organization,
     organization_quotas,
     organization_usage,
     page_conversations,
@@ -41,7 +42,6 @@ from gale.server import (
     static_page,
     tokenize,
 )
-from gale.server.batch_engine import patient
 from gale.server.batch_worker import BatchWorker
 from gale.server.caller import Identify
 from gale.server.cors import Cors
@@ -67,11 +67,13 @@ def create_app(
     edge_limits: EdgeLimits | None = None,
     stream_limits: StreamLimits | None = None,
     origins: Origins | None = None,
+    training_ray: str | None = None,
 ) -> FastAPI:
     """The ASGI application for one engine and one store, both of which the caller opens and closes.
 
     For loopback addresses only until ``store`` has accounts (see :mod:`gale.server.caller`). A ``lifecycle`` lets the
     caller drain the application before stopping it; ``origins`` says which web pages may use it.
+    Fine-tuning jobs train on the Ray cluster at ``training_ray``, if there is one.
     """
     origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
@@ -83,19 +85,17 @@ def create_app(
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
-    models, supervisor = _tuning(engine, store, lifecycle)
+    models, supervisor = _tuning(engine, store, lifecycle, training_ray)
     app.include_router(fine_tuning.routes(engine, store, models, supervisor))
-    moderator = Moderator()
-    for router in _answering(engine, store, moderator, lifecycle, stream_limits):
+    answering = _answering(engine, store, lifecycle, stream_limits)
+    for router in answering:
         app.include_router(router)
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_conversations.routes(store))
     app.include_router(openai_files.routes(store))
     app.include_router(openai_uploads.routes(store))
-    endpoints, paths = openai_batches.endpoints_app(
-        _answering(patient(engine), store, moderator, lifecycle, stream_limits)
-    )
-    worker = BatchWorker(store, InProcess(Metered(endpoints, store.metering)))
+    endpoints, paths = openai_batches.endpoints_app(answering)
+    worker = BatchWorker(store, InProcess(endpoints))
     app.include_router(openai_batches.routes(store, worker, paths))
     app.include_router(tokenize.routes(engine))
     app.include_router(organization_quotas.routes(engine, store))
@@ -103,12 +103,13 @@ def create_app(
     app.include_router(metrics.routes(counted))
     app.include_router(page_conversations.routes(engine, store))
     app.include_router(page_turns.routes(engine, store, lifecycle, stream_limits))
+    app.include_router(organization.routes(store, identities))
     app.include_router(page_sign_in.routes(store, identities, origins))
     page_files = static_page.install(app, static)
     lifecycle.background += [identities.keep_last_use, worker.run, partial(keep_house, store)]
     # The one added last is the outermost.
-    app.add_middleware(Metered, metering=store.metering)
     app.add_middleware(Idempotent, kept=store.idempotency)
+    app.add_middleware(Metered, metering=store.metering)
     app.add_middleware(Identify, identities=identities, origins=origins, page_files=page_files)
     app.add_middleware(Cors, origins=origins)
     app.add_middleware(Edge, lifecycle=lifecycle, limits=edge_limits or EdgeLimits())
@@ -117,7 +118,7 @@ def create_app(
 
 
 def _tuning(
-    engine: Engine, store: Store, lifecycle: Lifecycle
+    engine: Engine, store: Store, lifecycle: Lifecycle, ray: str | None
 ) -> tuple[FineTunedModels | None, TuningSupervisor | None]:
     """What trains beside the server and serves the result, where the engine is one that can."""
     if not isinstance(engine, AdapterHost) or engine.folder is None:
@@ -129,20 +130,20 @@ def _tuning(
     def trained(job: Job, tokens: int) -> None:
         store.metering.record(job.actor, models.base, "fine_tuning", Usage(tokens, 0))
 
-    supervisor = TuningSupervisor(store.database, store.jobs, models, home, store.file_folder.path, on_trained=trained)
+    supervisor = TuningSupervisor(
+        store.database, store.jobs, models, home, store.file_folder.path, on_trained=trained, ray=ray
+    )
     lifecycle.background.append(supervisor.run)
     return models, supervisor
 
 
-def _answering(
-    engine: Engine, store: Store, moderator: Moderator, lifecycle: Lifecycle, limits: StreamLimits
-) -> list[APIRouter]:
+def _answering(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLimits) -> list[APIRouter]:
     """The routes that ask a model."""
     routers = [
-        openai_moderations.routes(moderator, lifecycle),
         openai_chat.routes(engine, lifecycle, limits),
         openai_completions.routes(engine, lifecycle, limits),
         openai_responses.routes(engine, store, lifecycle, limits),
+        openai_moderations.routes(Moderator(), lifecycle),
         anthropic_messages.routes(engine, lifecycle, limits),
     ]
     if isinstance(engine, Reader):

@@ -7,6 +7,7 @@ time is over; ``cancelling`` and ``cancelled`` when that was asked for. Both of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import structlog
 
 from gale.core.errors import StoreError
-from gale.platform.errors import LeaseLostError
+from gale.platform.errors import ConflictError, LeaseLostError
+from gale.platform.identities import may_go_on
 from gale.platform.ids import new_id
 from gale.platform.jobs import Job
 from gale.platform.store import Store
@@ -135,7 +137,12 @@ class BatchRun:
 
     async def _answer(self, journal: Journal, line: Line) -> None:
         request_id = new_id("batch_req")
-        state = {"actor": self._job.actor, "batch": self._job.id, "request_id": request_id}
+        state = {
+            "actor": self._job.actor,
+            "metering": self._store.metering,
+            "batch": self._job.id,
+            "request_id": request_id,
+        }
         tries = 0
         while True:
             answer = await self._own.post(self._job.payload["endpoint"], line.body, state)
@@ -198,6 +205,7 @@ class BatchRun:
             if self._journal is not None:
                 await asyncio.to_thread(self._journal.sync)
             try:
+                await self._check_rights()
                 seen = await self._store.jobs.renew(self._job, self._pace.lease_s, self._progress())
             except LeaseLostError:
                 if not self._ended:
@@ -210,6 +218,17 @@ class BatchRun:
             renewed = time.monotonic()
             if seen.state == "cancelling":
                 self._cancelling.set()
+
+    async def _check_rights(self) -> None:
+        """A batch of somebody who is not let in any more is cancelled."""
+        actor = self._job.actor
+        if self._cancelling.is_set() or await self._store.database.read(lambda c: may_go_on(c, actor)):
+            return
+        log.info("batch cancelled", batch=self._job.id, reason="its key or account is no longer valid")
+        with contextlib.suppress(ConflictError):  # it has ended, or is being cancelled
+            await self._store.jobs.move(
+                self._job, ("validating", "in_progress", "finalizing"), "cancelling", {"cancelling_at": now()}
+            )
 
     def _progress(self) -> dict[str, Any]:
         if self._journal is None or self._counted:

@@ -15,7 +15,7 @@ from gale.platform.fine_tuning import Asked, FineTuning
 from gale.platform.jobs import Job, JobEvent
 from gale.platform.store import Store
 from gale.platform.tuning_supervisor import TuningSupervisor
-from gale.server.caller import actor_of
+from gale.server.caller import actor_of, engine_of
 from gale.server.errors import ApiError, invalid
 from gale.server.fine_tuning_schema import FineTuningRequest, SupervisedKnobs
 from gale.server.json_body import read_json, request_schema
@@ -53,6 +53,8 @@ def routes(
 
     @router.get(_PATH)
     async def list_jobs(request: Request, limit: Limit = 20, after: After = None) -> dict[str, Any]:
+        if any(name.startswith("metadata") for name in request.query_params):
+            raise ApiError(400, "Jobs cannot be sought by 'metadata'.", code="unsupported_parameter", param="metadata")
         page = await jobs(request).page(limit=limit, after=after)
         return listed([described(job) for job in page.items], has_more=page.has_more)
 
@@ -98,7 +100,7 @@ def routes(
     async def delete_model(model_id: str, request: Request) -> dict[str, Any]:
         actor = actor_of(request)
         if models is None or models.find(actor, model_id) is None:
-            require_model(engine, model_id)  # which says that there is none
+            require_model(engine_of(request, engine), model_id)  # which says that there is none
             raise ApiError(400, f"`{model_id[:200]}` is not fine-tuned here and cannot be deleted.", param="model")
         await models.delete(actor, model_id)
         return {"id": model_id, "object": "model", "deleted": True}
@@ -108,14 +110,7 @@ def routes(
 
 def _asked(body: FineTuningRequest, request: Request, engine: Engine, models: FineTunedModels | None) -> Asked:
     """The body as a job. Raises :class:`ApiError`."""
-    if body.integrations:
-        raise ApiError(
-            400,
-            "'integrations' are not supported: metrics are among the job's events.",
-            code="unsupported_parameter",
-            param="integrations",
-        )
-    adapter = require_model(engine, body.model)
+    adapter = require_model(engine_of(request, engine), body.model)
     if models is None or not isinstance(engine, AdapterHost) or engine.folder is None:
         raise ApiError(
             400,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from gale.server.field_checks import Body, at_most
+from gale.server.field_checks import Parameters, Refused, at_most
 
 Auto = Literal["auto"]
 Epochs = Auto | Annotated[int, Field(ge=1, le=50)]
@@ -85,8 +86,11 @@ class MethodField(_Strict):
     reinforcement: Reinforcement | None = None
 
 
-class FineTuningRequest(Body):
+class FineTuningRequest(Parameters):
     """The request; ``hyperparameters`` is where the oldest clients put those of the method ``supervised``."""
+
+    unsupported: ClassVar[Refused] = {"integrations": ([],)}
+    advice: ClassVar[Mapping[str, str]] = {"integrations": "Metrics are among the job's events."}
 
     model: str
     training_file: str
@@ -97,4 +101,3 @@ class FineTuningRequest(Body):
     # Letters, digits and what does not part the name's fields.
     suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue] | None, at_most(16)] = None
-    integrations: list[Any] | None = None

@@ -54,7 +54,7 @@ class Idempotent:
                 return
             await self._serve(scope, receive, send, keys[0], body)
         except (ApiError, GaleError) as error:
-            await as_api_error(error).response()(scope, receive, send)
+            await as_api_error(error).response(scope["path"])(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, key: str, body: bytes) -> None:
         actor: Actor = scope["state"]["actor"]

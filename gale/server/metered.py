@@ -14,6 +14,7 @@ from gale.platform.admission import Admission, Ticket
 from gale.platform.limits import Measure
 from gale.platform.metered_engine import MeteredEngine
 from gale.platform.metering import Metering
+from gale.server.batch_engine import patient
 
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
@@ -50,7 +51,8 @@ class Metered:
 def engine_for(request: Request, actor: Actor, engine: AnyEngine) -> AnyEngine:
     """``engine`` as ``actor`` may use it for ``request``."""
     metering: Metering = request.state.metering
-    metered = metering.engine(actor, engine, **_circumstances(request))
+    in_batch = getattr(request.state, "batch", None) is not None
+    metered = metering.engine(actor, patient(engine) if in_batch else engine, **_circumstances(request))
     if isinstance(metered, MeteredEngine):
         request.state.admission = metered.admission
     return metered

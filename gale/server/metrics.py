@@ -26,7 +26,8 @@ from gale.server.local_guard import asks_from_here
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
-disable_created_metrics()  # type: ignore[no-untyped-call] # a second line for each, which nobody reads
+# They would be a second line for each, which nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:

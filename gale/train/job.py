@@ -92,6 +92,8 @@ def _validate(folder: Path, job: TuningJob) -> dict[str, Any]:
             found = prepare_examples(job.method, sources, job.base, folder / "data", context=context)
     except RowError as error:
         return _failure(f"invalid_{error.param}", error, error.param)
+    except GaleError as error:  # of the base: its folder, its tokenizer
+        return _failure("training_failed", error, None)
     knobs = settled(job, found["train"])
     recipe = recipe_of(job, knobs, found, folder / "data")
     return {

@@ -23,6 +23,7 @@ from gale.core.device import Compute, choose_compute, keep_freed_memory
 from gale.core.errors import CheckpointError, GaleError
 from gale.core.progress import Bar
 from gale.data.shards import verify
+from gale.model.experts import hide_from_compiler
 from gale.model.transformer import Decoder
 from gale.train.checkpoints import load_checkpoint, save_checkpoint
 from gale.train.metrics import METRICS, MetricsLog, header
@@ -236,6 +237,7 @@ def _compile(model: nn.Module) -> None:
         raise GaleError(
             "compile = true needs a C++ compiler, and there is none.", hint="Install g++, or set compile=false."
         )
+    hide_from_compiler()
     for module in model.modules():
         if isinstance(module, Decoder):
             module.compile()

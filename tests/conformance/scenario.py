@@ -6,6 +6,7 @@ Answers are wanted for their shape alone, so a tiny model with random weights gi
 from __future__ import annotations
 
 import base64
+import json
 import time
 from typing import Any
 
@@ -31,7 +32,7 @@ QUESTION = [{"role": "user", "content": "Where does the river go?"}]
 
 def run(checker: Checker, model: str) -> None:
     """Make all the calls."""
-    for part in (models, chat, completions, vectors, moderations, responses, conversations, consumption):
+    for part in PARTS:
         part(checker, model)
 
 
@@ -142,3 +143,91 @@ def conversations(checker: Checker, model: str) -> None:
     checker.call("get /conversations/{conversation_id}/items/{item_id}", params=item)
     checker.call("delete /conversations/{conversation_id}/items/{item_id}", params=item)
     checker.call("delete /conversations/{conversation_id}", params=one)
+
+
+def files(checker: Checker, model: str) -> None:
+    one = {"file_id": upload(checker, [{"custom_id": "1"}], "user_data")}
+    checker.call("get /files")
+    checker.call("get /files/{file_id}", params=one)
+    checker.call("get /files/{file_id}/content", params=one)
+    checker.call("delete /files/{file_id}", params=one)
+
+
+def uploads(checker: Checker, model: str) -> None:
+    about = {"filename": "a.jsonl", "purpose": "user_data", "bytes": 4, "mime_type": "text/jsonl"}
+    one = {"upload_id": checker.call("post /uploads", json=about)["id"]}
+    part = checker.call("post /uploads/{upload_id}/parts", params=one, files={"data": ("part", b"{}\n\n")})
+    checker.call("post /uploads/{upload_id}/complete", params=one, json={"part_ids": [part["id"]]})
+    other = {"upload_id": checker.call("post /uploads", json=about)["id"]}
+    checker.call("post /uploads/{upload_id}/cancel", params=other)
+
+
+def batches(checker: Checker, model: str) -> None:
+    body = {"model": model, "messages": QUESTION, "max_tokens": 2}
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    asked = {"input_file_id": upload(checker, [line], "batch"), "endpoint": line["url"], "completion_window": "24h"}
+    one = {"batch_id": checker.call("post /batches", json=asked)["id"]}
+    checker.call("get /batches")
+    checker.call("get /batches/{batch_id}", params=one)
+    many = {**asked, "input_file_id": upload(checker, [{**line, "custom_id": str(n)} for n in range(500)], "batch")}
+    other = {"batch_id": checker.call("post /batches", json=many)["id"]}
+    checker.call("post /batches/{batch_id}/cancel", params=other)
+
+
+def _paused(answer: Any) -> None:
+    """A paused job is paused, of which state the document does not know."""
+    assert answer["status"] == "paused"
+    answer["status"] = "queued"
+
+
+def fine_tuning(checker: Checker, model: str) -> None:
+    row = {"messages": [*QUESTION, {"role": "assistant", "content": "To the sea."}]}
+    file = upload(checker, [row] * 10, "fine-tune")
+    knobs = {"n_epochs": 50, "batch_size": 1, "learning_rate_multiplier": 0.5}
+    body = {
+        "model": model,
+        "training_file": file,
+        "validation_file": file,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": knobs}},
+        "suffix": "sea",
+        "seed": 1,
+        "metadata": {"a": "b"},
+    }
+    one = {"fine_tuning_job_id": checker.call("post /fine_tuning/jobs", json=body)["id"]}
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/pause", params=one, departure=_paused)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/events", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", params=one)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/pause", params=one, departure=_paused)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/cancel", params=one)
+    checker.call("get /fine_tuning/jobs")
+
+
+def _paused(answer: Any) -> None:
+    """A paused job is paused, of which state the document does not know."""
+    assert answer["status"] == "paused"
+    answer["status"] = "queued"
+
+
+def upload(checker: Checker, rows: list[dict[str, Any]], purpose: str) -> str:
+    content = "\n".join(map(json.dumps, rows)).encode()
+    made = checker.call("post /files", files={"file": ("rows.jsonl", content)}, data={"purpose": purpose})
+    return str(made["id"])
+
+
+PARTS = (
+    models,
+    chat,
+    completions,
+    vectors,
+    moderations,
+    responses,
+    conversations,
+    files,
+    uploads,
+    batches,
+    fine_tuning,
+    consumption,
+)

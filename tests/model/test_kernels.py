@@ -128,6 +128,17 @@ def test_norm_rotation_and_gate_equal_torch() -> None:
     torch.testing.assert_close(kernels.silu_gate(gate, up), F.silu(gate) * up, atol=1e-30, rtol=2**-6)
 
 
+@torch.inference_mode()
+def test_the_likeliest_token_is_the_first_of_the_largest() -> None:
+    torch.manual_seed(5)
+    rows = torch.randn(40, 1000).bfloat16()  # so coarse that most rows have their largest number more than once
+    rows[0], rows[1], rows[2] = -3.0, -0.0, float("-inf")
+    rows[1, 7] = 0.0
+    rows[3, 999], rows[4, 5] = float("inf"), 1e30
+    assert torch.equal(kernels.likeliest(rows), rows.float().argmax(-1))
+    assert kernels.likeliest(rows[:, :1]).eq(0).all()
+
+
 def caches(lengths: list[int], key_heads: int, size: int, capacity: int) -> list[tuple[Tensor, Tensor, int, int]]:
     """Of two layers; what is not filled yet is no number, so that reading it shows."""
     made = []
@@ -209,10 +220,10 @@ def test_without_a_compiler_one_line_says_so_and_torch_serves(tmp_path: Path) ->
     script = """
 import torch
 from gale.model import kernels
-from gale.model.quantised import PackedLinear, round_weight
+from gale.model.packed import PackedLinear, round_weight
 with torch.inference_mode():
     x = torch.randn(3, 64).bfloat16()
-    layer = PackedLinear(8, 5, *round_weight(8, torch.randn(5, 64)), None)
+    layer = PackedLinear(8, 64, 5, *round_weight(8, torch.randn(5, 64)), None)
     print(kernels.available(), kernels.serve(x), layer(x).shape)
 """
     for changes, said in (({"CXX": "/bin/false"}, 1), ({"GALE_KERNELS": "off"}, 0)):

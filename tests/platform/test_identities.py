@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,8 +61,9 @@ class World:
 
 
 @pytest.fixture
-def world(database_url: str) -> Iterator[World]:
-    database = Database.open(database_url)
+def world(sqlite_template: Path, tmp_path: Path) -> Iterator[World]:
+    shutil.copy(sqlite_template, tmp_path / "gale.db")
+    database = Database.open(f"sqlite:///{tmp_path / 'gale.db'}")
     yield World(database)
     database.close()
 

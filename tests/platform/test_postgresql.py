@@ -41,7 +41,7 @@ def test_servers_that_cannot_be_used(postgresql: PostgresqlServer, url: str, mon
     good = make_url(url)
     for wrong, message in [
         (good.set(port=1), "cannot be reached"),
-        (good.set(host="nowhere.invalid"), "host is not known"),
+        (good.set(host="nowhere.invalid"), "host is not known|does not answer"),
         (good.set(password="falsch-geheim"), "password authentication failed"),
         (good.set(database="nothing"), "does not exist"),
         (good.set(query={"host": "/nowhere"}), "cannot be reached"),
@@ -157,6 +157,20 @@ def test_a_busy_pool_is_a_message_in_bounded_time_and_recovers(url: str, monkeyp
     assert all("more to do than it can" in error.message and error.hint for error in refused)
     assert run(database.read(count)) == 0
     database.close()
+
+
+def test_writes_behind_one_that_takes_too_long_are_told_so(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUEUE_TIMEOUT_S", 0.3)
+
+    async def both() -> None:
+        long = asyncio.create_task(database.write(lambda connection: connection.execute(SLEEP).scalar()))
+        await asyncio.sleep(0.1)
+        with pytest.raises(StoreError, match="more to do"):
+            await database.write(insert)
+        await long
+        await database.write(insert)
+
+    run(both())
 
 
 def test_no_session_stays_in_a_transaction(database: Database, url: str) -> None:

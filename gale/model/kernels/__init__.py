@@ -2,7 +2,8 @@
 
 They serve under ``torch.inference_mode`` on bf16 tensors on a CPU. Everything that they do torch does too, only slower:
 without a compiler, or with ``GALE_KERNELS=off``. ``linear.cpp`` multiplies with quantised weights, ``attention.cpp``
-attends, ``rows.cpp`` normalises, rotates and gates.
+attends, ``rows.cpp`` normalises, rotates, gates and finds the likeliest token. ``decoder.cpp`` puts
+whole layers together.
 
 Shape suffixes as in :mod:`gale.model.transformer`; O outputs of a linear layer.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from typing import TypeAlias
 
 import structlog
 import torch
@@ -30,10 +32,12 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "gale_pack_bf16": (None, [_P, _I, _I, _P, _I]),
     "gale_packed_bytes": (ctypes.c_long, [_I, _I, _I]),
     "gale_pack": (None, [_I, _P, _I, _I, _P, _P, _I]),
-    "gale_linear": (None, [_I, _P, ctypes.c_bool, _I, _I, _P, _P, _P, _P, _I, _I]),
+    "gale_linear": (None, [_P, _P, ctypes.c_bool, _I, _P, _I]),
     "gale_norm": (None, [_P, _P, _F, _I, _I, _P, _I]),
     "gale_norm_rotate": (None, [_P, _P, _F, _P, _P, _I, _I, _I, _P, _I]),
     "gale_silu_gate": (None, [_P, _P, _I, _I, _P, _I]),
+    "gale_likeliest": (None, [_P, _I, _I, _P, _I]),
+    "gale_decode": (None, [_P, _P, _I, _P, _I, _P, _P, _P, _P, _I]),
     "gale_attend": (None, [_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _F, _I]),
 }
 _PANEL = 64  # outputs that are packed together, see linear.cpp
@@ -120,6 +124,28 @@ def packed_sizes(bits: int, outputs: int, inputs: int) -> tuple[int, int]:
     return native.gale_packed_bytes(bits, outputs, inputs), -(-outputs // _PANEL) * _PANEL if bits == 8 else 0
 
 
+class Matrix(ctypes.Structure):
+    """Packed weights, as the kernels know them: addresses, so the tensors must outlive it."""
+
+    _fields_ = (
+        ("packed", _P),
+        ("scales", _P),
+        ("bias", _P),
+        ("bits", ctypes.c_int32),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(
+        cls, bits: int, packed: Tensor, scales_O: Tensor, bias_O: Tensor | None, inputs: int, outputs: int
+    ) -> Matrix:
+        """What :func:`pack` made, with a bias in fp32."""
+        bias = None if bias_O is None else bias_O.data_ptr()
+        return cls(packed.data_ptr(), scales_O.data_ptr(), bias, bits, inputs, outputs, 0)
+
+
 def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Tensor | None, outputs: int) -> Tensor:
     """``x_NC`` (bf16; or fp32, for rounded weights) times packed weights, plus a bias in fp32.
 
@@ -128,10 +154,9 @@ def linear(bits: int, x_NC: Tensor, packed: Tensor, scales_O: Tensor, bias_O: Te
     native = _required()
     x_NC = x_NC.contiguous()
     out_NO = torch.empty((len(x_NC), outputs), dtype=x_NC.dtype)
-    native.gale_linear(
-        bits, x_NC.data_ptr(), x_NC.dtype is torch.float32, *x_NC.shape, packed.data_ptr(), scales_O.data_ptr(),
-        None if bias_O is None else bias_O.data_ptr(), out_NO.data_ptr(), outputs, threads(),
-    )  # fmt: skip
+    matrix = Matrix.of(bits, packed, scales_O, bias_O, x_NC.shape[1], outputs)
+    wide = x_NC.dtype is torch.float32
+    native.gale_linear(ctypes.byref(matrix), x_NC.data_ptr(), wide, len(x_NC), out_NO.data_ptr(), threads())
     return out_NO
 
 
@@ -173,6 +198,14 @@ def silu_gate(x_NI: Tensor, up_NI: Tensor) -> Tensor:
     return out_NI
 
 
+def likeliest(x_NV: Tensor) -> Tensor:
+    """The place [N] of the largest number of each row; of several, the first."""
+    x_NV = x_NV.contiguous()
+    out_N = torch.empty(len(x_NV), dtype=torch.int64)
+    _required().gale_likeliest(x_NV.data_ptr(), *x_NV.shape, out_N.data_ptr(), threads())
+    return out_N
+
+
 class CachedSequence(ctypes.Structure):
     """A sequence of :func:`attend`: caches [L, K, capacity, D], tokens held, and which rows of the batch are new."""
 
@@ -195,7 +228,10 @@ def can_attend() -> bool:
     return native is not None and bool(native.gale_can_attend())
 
 
-def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> ctypes.Array[CachedSequence]:
+Batch: TypeAlias = "ctypes.Array[CachedSequence]"
+
+
+def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> Batch:
     """A batch for :func:`attend`: of each sequence its keys and values [L, K, capacity, D], tokens held, new tokens."""
     row, items = 0, []
     for keys_LKTD, values_LKTD, length, count in caches:
@@ -206,9 +242,7 @@ def sequences(caches: Sequence[tuple[Tensor, Tensor, int, int]]) -> ctypes.Array
     return (CachedSequence * len(items))(*items)
 
 
-def attend(
-    batch: ctypes.Array[CachedSequence], layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, window: int | None
-) -> Tensor:
+def attend(batch: Batch, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, window: int | None) -> Tensor:
     """Store the new keys and values, and attend causally to all that each sequence holds: [N, H, D] -> [N, H, D].
 
     Every query's result is the same to the bit whatever else is in the batch, and however its prompt was cut.
@@ -222,3 +256,18 @@ def attend(
         heads, k_NKD.shape[1], size, window or 0, size**-0.5, threads(),
     )  # fmt: skip
     return out_NHD
+
+
+def decode(
+    decoder: ctypes.Structure, batch: Batch, x_NC: Tensor, positions_N: Tensor, cos_PD: Tensor, sin_PD: Tensor
+) -> Tensor:
+    """All layers of a decoder, see :class:`gale.model.native.NativeLayers`; ``x_NC`` is written over.
+
+    The tables have a row for each position that a token can have.
+    """
+    x_NC, out_NC = x_NC.contiguous(), torch.empty_like(x_NC)
+    _required().gale_decode(
+        ctypes.byref(decoder), batch, len(batch), x_NC.data_ptr(), len(x_NC), positions_N.data_ptr(),
+        cos_PD.data_ptr(), sin_PD.data_ptr(), out_NC.data_ptr(), threads(),
+    )  # fmt: skip
+    return out_NC

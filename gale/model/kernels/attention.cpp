@@ -10,31 +10,19 @@
 #include <cmath>
 #include <vector>
 
+#include "layers.h"
 #include "pool.h"
-#include "rows.h"
 
 namespace gale {
 namespace {
 
-constexpr int kTask = 32, kQueries = 8, kKeys = 16;
-
-// A sequence of the batch: where its keys and values [layers, key heads, capacity, size] are, how many it holds, and
-// which rows of the batch are its new tokens.
-struct Sequence {
-  bf16 *keys, *values;
-  int64_t layer_stride, head_stride;
-  int32_t length, first_row, count, unused;
-};
-
-struct Layer {
-  const bf16 *q, *k, *v;
-  bf16* out;
-  int layer, heads, key_heads, size, window;  // window 0: none
-  float scale;
-};
+constexpr int kTask = 32, kKeys = 16, kDots = 4, kMix = 8;
 
 #if defined(__x86_64__)
 #define GALE_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+
+// Numbers that a transposed block of keys takes.
+constexpr int pairs_of(int size) { return (size + 31) / 32 * 256; }
 
 // 16 keys of `size` numbers, `size` apart -> [size / 2][16] pairs. Keys from `there` on are not read.
 GALE_BF16 void transpose(const bf16* keys, int size, int there, int32_t* out) {
@@ -74,27 +62,36 @@ GALE_BF16 void transpose(const bf16* keys, int size, int there, int32_t* out) {
   }
 }
 
-// Scores of Q queries with 16 keys each.
-template <int Q>
+// Scores of Q queries with B x 16 keys each.
+template <int Q, int B>
 GALE_BF16 void dots(const bf16* const* queries, const int32_t* keys, int size, float scale, float* scores, long stride) {
-  __m512 sums[Q][2];  // of even and of odd pairs, so that a sum needs not wait for the one before it
+  __m512 sums[Q][B][2];  // of even and of odd pairs, so that a sum needs not wait for the one before it
 #pragma GCC unroll 8
-  for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = _mm512_setzero_ps();
+  for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b) sums[q][b][0] = sums[q][b][1] = _mm512_setzero_ps();
   for (int pair = 0; pair < size / 2; pair += 2) {
 #pragma GCC unroll 2
     for (int odd = 0; odd < 2; ++odd) {
-      __m512bh key = (__m512bh)_mm512_loadu_si512(keys + (pair + odd) * 16);
+      __m512bh key[B];
+#pragma GCC unroll 2
+      for (int b = 0; b < B; ++b) key[b] = (__m512bh)_mm512_loadu_si512(keys + pairs_of(size) * b + (pair + odd) * kKeys);
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
         int32_t both;
         std::memcpy(&both, queries[q] + 2 * (pair + odd), 4);
-        sums[q][odd] = _mm512_dpbf16_ps(sums[q][odd], key, (__m512bh)_mm512_set1_epi32(both));
+        const __m512bh query = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 2
+        for (int b = 0; b < B; ++b) sums[q][b][odd] = _mm512_dpbf16_ps(sums[q][b][odd], key[b], query);
       }
     }
   }
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q)
-    _mm512_storeu_ps(scores + q * stride, _mm512_mul_ps(_mm512_add_ps(sums[q][0], sums[q][1]), _mm512_set1_ps(scale)));
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b)
+      _mm512_storeu_ps(scores + q * stride + b * kKeys,
+                       _mm512_mul_ps(_mm512_add_ps(sums[q][b][0], sums[q][b][1]), _mm512_set1_ps(scale)));
 }
 
 GALE_BF16 inline __m512 exponential(__m512 x) {  // as in rows.cpp
@@ -109,7 +106,8 @@ GALE_BF16 inline __m512 exponential(__m512 x) {  // as in rows.cpp
   return _mm512_scalef_ps(p, n);
 }
 
-// Scores of the keys [low, high) -> weights, in place; all else of [start, end) becomes 0. Both are multiples of 16.
+// Scores of the keys [low, high) -> weights in bf16, at the beginning of where they were; all else of [start, end) becomes
+// 0. Both are multiples of 16.
 GALE_BF16 void softmax(float* scores, int start, int end, int low, int high) {
   const __m512 never = _mm512_set1_ps(-INFINITY);
   __m512 largest = never;
@@ -131,47 +129,80 @@ GALE_BF16 void softmax(float* scores, int start, int end, int low, int high) {
   }
   const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sums));
   for (int t = start; t < end; t += kKeys)
-    _mm512_storeu_ps(scores + t - start, _mm512_mul_ps(_mm512_loadu_ps(scores + t - start), share));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(scores) + (t - start) / kKeys,
+                        (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(scores + t - start), share)));
+}
+
+// Adds weights[q][t] * values[t] and weights[q][t + 1] * values[t + 1] to the sums of 32 P numbers, of which those behind
+// `inside` are not read; nor is the second token where it is not `there`.
+template <int Q, int P>
+GALE_BF16 inline void mix_pair(const bf16* weights, long stride, const bf16* values, int size, bool there, const __mmask32* inside,
+                               __m512 (*sums)[2 * P]) {
+  __m512i low[P], high[P];  // numbers of both tokens side by side: 0 to 3 and 4 to 7 of each 8
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+    const __m512i first = _mm512_maskz_loadu_epi16(inside[p], values + 32 * p);
+    const __m512i second = _mm512_maskz_loadu_epi16(there ? inside[p] : 0, values + size + 32 * p);
+    low[p] = _mm512_unpacklo_epi16(first, second);
+    high[p] = _mm512_unpackhi_epi16(first, second);
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+    int32_t both;
+    std::memcpy(&both, weights + q * stride, 4);
+    const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      sums[q][2 * p] = _mm512_dpbf16_ps(sums[q][2 * p], (__m512bh)low[p], weight);
+      sums[q][2 * p + 1] = _mm512_dpbf16_ps(sums[q][2 * p + 1], (__m512bh)high[p], weight);
+    }
+  }
 }
 
 // out[q][at..at + 32 P) = sum over t in [0, tokens) of weights[q][t] * values[t][at..at + 32 P)
 template <int Q, int P>
-GALE_BF16 void mix(const float* weights, long stride, const bf16* values, int size, int tokens, bf16* const* out, int at) {
-  __mmask16 inside[2 * P];
+GALE_BF16 void mix(const bf16* weights, long stride, const bf16* values, int size, int tokens, bf16* const* out, int at) {
+  __mmask32 inside[P];
   __m512 sums[Q][2 * P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) {
+    const int left = size - at - 32 * p;
+    inside[p] = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
 #pragma GCC unroll 8
-  for (int i = 0; i < 2 * P; ++i) {
-    const int left = size - at - 16 * i;
-    inside[i] = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) sums[q][i] = _mm512_setzero_ps();
+    for (int q = 0; q < Q; ++q) sums[q][2 * p] = sums[q][2 * p + 1] = _mm512_setzero_ps();
   }
-  for (int t = 0; t < tokens; ++t) {
-    const bf16* value = values + long(t) * size + at;
-    __m512 v[2 * P];
-#pragma GCC unroll 8
-    for (int i = 0; i < 2 * P; ++i) {
-      __m256i narrow = _mm256_maskz_loadu_epi16(inside[i], value + 16 * i);
-      v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      __m512 weight = _mm512_set1_ps(weights[q * stride + t]);
-#pragma GCC unroll 8
-      for (int i = 0; i < 2 * P; ++i) sums[q][i] = _mm512_fmadd_ps(weight, v[i], sums[q][i]);
-    }
-  }
+  int t = 0;
+  for (; t + 1 < tokens; t += 2) mix_pair<Q, P>(weights + t, stride, values + long(t) * size + at, size, true, inside, sums);
+  if (t < tokens) mix_pair<Q, P>(weights + t, stride, values + long(t) * size + at, size, false, inside, sums);
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-    for (int i = 0; i < 2 * P; ++i)
-      _mm256_mask_storeu_epi16(out[q] + at + 16 * i, inside[i], (__m256i)_mm512_cvtneps_pbh(sums[q][i]));
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      __m512 first = _mm512_shuffle_f32x4(sums[q][2 * p], sums[q][2 * p + 1], 0x44);   // low 0, low 1, high 0, high 1
+      __m512 second = _mm512_shuffle_f32x4(sums[q][2 * p], sums[q][2 * p + 1], 0xee);  // low 2, low 3, high 2, high 3
+      first = _mm512_shuffle_f32x4(first, first, 0xd8);
+      second = _mm512_shuffle_f32x4(second, second, 0xd8);
+      _mm512_mask_storeu_epi16(out[q] + at + 32 * p, inside[p], (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
 }
 
-void attend(const Layer& l, const Sequence& s, int key_head, int first, int count) {
+inline void fetch(const bf16* from, int numbers) {
+  for (int i = 0; i < numbers; i += 32) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+}
+
+// The first keys and values of a head, which for short sequences are all.
+void fetch_first(const Heads& l, const Sequence& s, int key_head) {
+  const long at = l.layer * s.layer_stride + key_head * s.head_stride;
+  const int numbers = std::min(s.length + s.count, 3 * kKeys) * l.size;
+  fetch(s.keys + at, numbers);
+  fetch(s.values + at, numbers);
+}
+
+void attend_task(const Heads& l, const Sequence& s, int key_head, int first, int count) {
   using Dots = void (*)(const bf16* const*, const int32_t*, int, float, float*, long);
-  using Mix = void (*)(const float*, long, const bf16*, int, int, bf16* const*, int);
-  static constexpr Dots dots_of[] = {dots<1>, dots<2>, dots<3>, dots<4>, dots<5>, dots<6>, dots<7>, dots<8>};
+  using Mix = void (*)(const bf16*, long, const bf16*, int, int, bf16* const*, int);
+  static constexpr Dots dots_of[2][kDots] = {{dots<1, 1>, dots<2, 1>, dots<3, 1>, dots<4, 1>},
+                                             {dots<1, 2>, dots<2, 2>, dots<3, 2>, dots<4, 2>}};
   // Few queries take more dimensions at once, so that there are always sums enough to be busy with.
   static constexpr Mix mix_of[] = {mix<1, 4>, mix<2, 4>, mix<3, 2>, mix<4, 2>, mix<5, 1>, mix<6, 1>, mix<7, 1>, mix<8, 1>};
   static constexpr int parts_of[] = {4, 4, 2, 2, 1, 1, 1, 1};
@@ -192,40 +223,89 @@ void attend(const Layer& l, const Sequence& s, int key_head, int first, int coun
   const int begin = l.window ? std::max(0, last[0] - l.window) / kKeys * kKeys : 0;
   const long stride = end - begin;
   if (long(scores.size()) < count * stride) scores.resize(count * stride);
-  if (int(pairs.size()) < l.size * 8 + 256) pairs.resize(l.size * 8 + 256);
+  if (int(pairs.size()) < 2 * pairs_of(l.size)) pairs.resize(2 * pairs_of(l.size));
   const long at = l.layer * s.layer_stride + key_head * s.head_stride;
   const bf16 *keys = s.keys + at, *values = s.values + at;
-  for (int t = begin; t < end; t += kKeys) {
-    for (long byte = 0, size = 2l * kKeys * l.size; byte < size; byte += 64) {  // what is read next but one, and later
-      _mm_prefetch((const char*)(keys + long(t + 2 * kKeys) * l.size) + byte, _MM_HINT_T0);
-      _mm_prefetch((const char*)(values + long(t) * l.size) + byte, _MM_HINT_T0);
+  for (int t = begin, blocks; t < end; t += blocks * kKeys) {
+    blocks = std::min(2, (end - t) / kKeys);
+    for (int block = 0; block < blocks; ++block) {
+      const int here = t + block * kKeys;
+      fetch(keys + long(here + 2 * kKeys) * l.size, std::min(kKeys, tokens - here - 2 * kKeys) * l.size);
+      fetch(values + long(here) * l.size, std::min(kKeys, tokens - here) * l.size);
+      transpose(keys + long(here) * l.size, l.size, std::min(kKeys, tokens - here), pairs.data() + block * pairs_of(l.size));
     }
-    transpose(keys + long(t) * l.size, l.size, std::min(kKeys, tokens - t), pairs.data());
-    for (int q = 0; q < count; q += kQueries)
-      if (last[std::min(count, q + kQueries) - 1] > t)
-        dots_of[std::min(kQueries, count - q) - 1](queries + q, pairs.data(), l.size, l.scale,
-                                                   scores.data() + q * stride + t - begin, stride);
+    for (int q = 0; q < count; q += kDots)
+      if (last[std::min(count, q + kDots) - 1] > t)
+        dots_of[blocks - 1][std::min(kDots, count - q) - 1](queries + q, pairs.data(), l.size, l.scale,
+                                                            scores.data() + q * stride + t - begin, stride);
   }
   for (int q = 0; q < count; ++q)
     softmax(scores.data() + q * stride, begin, end, l.window ? std::max(0, last[q] - l.window) : 0, last[q]);
-  for (int q = 0; q < count; q += kQueries) {
-    const int now = std::min(kQueries, count - q);
+  const bf16* weights = reinterpret_cast<const bf16*>(scores.data());
+  for (int q = 0; q < count; q += kMix) {
+    const int now = std::min(kMix, count - q);
     for (int part = 0; part < l.size; part += 32 * parts_of[now - 1])
-      mix_of[now - 1](scores.data() + q * stride, stride, values + long(begin) * l.size, l.size, last[q + now - 1] - begin,
+      mix_of[now - 1](weights + 2 * q * stride, 2 * stride, values + long(begin) * l.size, l.size, last[q + now - 1] - begin,
                       out + q, part);
+  }
+}
+
+// Puts the new keys and values of a head where they belong.
+void store(const Heads& l, const Sequence& s, int key_head) {
+  long at = l.layer * s.layer_stride + key_head * s.head_stride + long(s.length) * l.size;
+  for (int token = 0; token < s.count; ++token, at += l.size) {
+    const long from = (long(s.first_row + token) * l.key_heads + key_head) * l.size;
+    std::memcpy(s.keys + at, l.k + from, l.size * sizeof(bf16));
+    std::memcpy(s.values + at, l.v + from, l.size * sizeof(bf16));
   }
 }
 
 #endif
 
 }  // namespace
+
+void attend(const Heads& l, const Sequence* sequences, int count, int threads) {
+#if defined(__x86_64__)
+  const int group = l.heads / l.key_heads;
+  auto tiles_of = [&](const Sequence& s) { return (s.count * group + kTask - 1) / kTask; };
+  thread_local std::vector<int> starts_memory;
+  std::vector<int>& starts = starts_memory;
+  starts.assign(1, 0);
+  long work = 0;
+  for (int i = 0; i < count; ++i) {
+    const Sequence& s = sequences[i];
+    starts.push_back(starts.back() + l.key_heads * tiles_of(s));
+    work += long(s.count) * (s.length + s.count) * l.heads * l.size;
+    if (tiles_of(s) > 1) Pool::run(l.key_heads, threads, [&](int head) { store(l, s, head); });  // for all tiles to see
+  }
+  const int tasks = starts.back();
+  if (work < 100000) threads = 1;  // little work is done sooner than handed over
+  const int at_once = int(std::max(1l, std::min(tasks / (8l * threads), 200000 * tasks / work)));
+  Pool::run((tasks + at_once - 1) / at_once, threads, [&](int chunk) {
+    const int first = chunk * at_once, end = std::min(tasks, first + at_once);
+    int i = int(std::upper_bound(starts.begin(), starts.end(), first) - starts.begin()) - 1;
+    for (int task = first; task < end; ++task) {
+      if (task == starts[i + 1]) ++i;
+      const Sequence& s = sequences[i];
+      const int tiles = tiles_of(s), place = task - starts[i], head = place / tiles, query = place % tiles * kTask;
+      const int next = task + 1 == starts[i + 1] ? i + 1 : i;
+      if (task + 1 < end) fetch_first(l, sequences[next], (task + 1 - starts[next]) / tiles_of(sequences[next]));
+      if (tiles == 1) store(l, s, head);
+      attend_task(l, s, head, query, std::min(kTask, s.count * group - query));
+    }
+  });
+#else
+  (void)l, (void)sequences, (void)count, (void)threads;
+#endif
+}
+
 }  // namespace gale
 
 using namespace gale;
 
 extern "C" {
 
-// Whether this processor has what gale_attend needs.
+// Whether this processor has what attending needs.
 int gale_can_attend() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -240,38 +320,7 @@ int gale_can_attend() {
 // out [rows, heads, size] of q, likewise. `size` is a multiple of 4. `window` 0 means that all is seen.
 void gale_attend(const Sequence* sequences, int count, int layer, const bf16* q, const bf16* k, const bf16* v, bf16* out,
                  int heads, int key_heads, int size, int window, float scale, int threads) {
-#if defined(__x86_64__)
-  const Layer l{q, k, v, out, layer, heads, key_heads, size, window, scale};
-  const int group = heads / key_heads;
-  thread_local std::vector<int> starts_memory;
-  std::vector<int>& starts = starts_memory;
-  starts.assign(1, 0);
-  long work = 0;
-  for (int i = 0; i < count; ++i) {
-    const Sequence& s = sequences[i];
-    starts.push_back(starts.back() + key_heads * ((s.count * group + kTask - 1) / kTask));
-    work += long(s.count) * (s.length + s.count) * heads * size;
-    for (int head = 0; head < key_heads; ++head) {
-      long at = layer * s.layer_stride + head * s.head_stride + long(s.length) * size;
-      for (int token = 0; token < s.count; ++token, at += size) {
-        long from = (long(s.first_row + token) * key_heads + head) * size;
-        std::memcpy(s.keys + at, k + from, size * sizeof(bf16));
-        std::memcpy(s.values + at, v + from, size * sizeof(bf16));
-      }
-    }
-  }
-  // Little work is done sooner than handed over.
-  Pool::run(starts.back(), work < 100000 ? 1 : threads, [&](int chunk) {
-    int i = int(std::upper_bound(starts.begin(), starts.end(), chunk) - starts.begin()) - 1;
-    const Sequence& s = sequences[i];
-    int tiles = (s.count * group + kTask - 1) / kTask, place = chunk - starts[i];
-    int first = place % tiles * kTask;
-    attend(l, s, place / tiles, first, std::min(kTask, s.count * group - first));
-  });
-#else
-  (void)sequences, (void)count, (void)layer, (void)q, (void)k, (void)v, (void)out, (void)heads, (void)key_heads;
-  (void)size, (void)window, (void)scale, (void)threads;
-#endif
+  attend(Heads{q, k, v, out, layer, heads, key_heads, size, window, scale}, sequences, count, threads);
 }
 
 }  // extern "C"

@@ -1,27 +1,20 @@
-// Linear layers: with bf16 weights, packed so that they are read in one stream; or with int8 or int4 weights and
-// activations that are quantised token by token as they come.
+// Linear layers over packed weights (packed.h): bf16, or int8 and int4 with activations that are quantised token by token as
+// they come.
 //
 // A row's result does not depend on how many rows there are. (Stock bf16 products differ between one row and several.)
-// bf16 adds up input by input. Quantised is out[m][n] = a_scale[m] * sum_k a[m][k] * w[n][k] * w_scale, with a in -127..127 and w stored without sign (+128 or +8),
-// which is what the multiply-add of VNNI takes (u8 x s8); sum_k a[m][k] takes the offset back out. Sums of int8 are exact,
-// those of int4 go group by group.
-//
-// Weights are packed in panels of 64 outputs, in the order in which they are read, padded with what counts as zero:
-//   bf16: for each 2 inputs 64 x 2 numbers.
-//   int8: for each 4 inputs 64 x 4 bytes; the 64 fp32 scales of each output stand apart.
-//   int4: for each group of 32 inputs 4 x 4 x 64 bytes, whose low halves are inputs 8j..8j+3 and whose high halves are
-//         8j+4..8j+7, for 16 outputs each; then the 64 fp16 scales of the group.
+// bf16 adds up input by input. Quantised is out[m][n] = a_scale[m] * sum_k a[m][k] * w[n][k] * w_scale, with a in -127..127
+// and w stored without sign, which is what the multiply-add of VNNI takes (u8 x s8); sum_k a[m][k] takes the offset back
+// out. Sums of int8 are exact, those of int4 go group by group.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "layers.h"
+#include "packed.h"
 #include "pool.h"
-#include "rows.h"
 
 namespace gale {
 namespace {
-
-constexpr int kPanel = 64, kGroup = 32, kGroupBytes = kPanel * kGroup / 2 + kPanel * 2;
 
 // The next rows of those that are left, at most `most`, in equal shares: 7 rows are 4 and 3, not 6 and 1.
 int share(int left, int most) {
@@ -29,48 +22,26 @@ int share(int left, int most) {
   return (left + tiles - 1) / tiles;
 }
 
-int padded(int size, int step) { return (size + step - 1) / step * step; }
-
-float half_to_float(uint16_t half) {  // of finite ones
-  uint32_t exponent = half >> 10 & 31, fraction = half & 0x3ff;
-  float size = exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(fraction | 0x400), int(exponent) - 25);
-  return half & 0x8000 ? -size : size;
+GALE_INLINE int32_t unsigned_bits(bf16 x) { return x & 0x7fff; }
+GALE_INLINE int32_t unsigned_bits(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits & 0x7fffffff;
 }
-
-uint16_t float_to_half(float x) {  // to the nearest; what is too large becomes the largest
-  int exponent;
-  std::frexp(x, &exponent);  // |x| = f * 2^exponent with f in [0.5, 1)
-  float size = std::fabs(x);
-  uint32_t bits = 0x7bff;
-  if (exponent < -13) bits = uint32_t(std::nearbyint(std::ldexp(size, 24)));
-  else if (exponent <= 16) bits = uint32_t(exponent + 13) * 1024 + uint32_t(std::nearbyint(std::ldexp(size, 11 - exponent)));
-  return uint16_t(std::min<uint32_t>(bits, 0x7bff) | (x < 0 ? 0x8000 : 0));
-}
-
-// The scale that rounds 32 numbers to -8..7 with the least squared error: the one furthest out becomes -8, or is
-// cut a little so that the others are finer.
-GALE_CLONES uint16_t best_scale(const float* values) {
-  float furthest = 0, best_error = HUGE_VALF;
-  for (int k = 0; k < kGroup; ++k)
-    if (std::fabs(values[k]) > std::fabs(furthest)) furthest = values[k];
-  uint16_t best = 0;
-  for (int step = 0; step < 12 && furthest != 0; ++step) {
-    uint16_t half = float_to_half(furthest / (-9.0f + 0.25f * step));  // to -9..-6.25
-    float scale = half_to_float(half), inverse = scale != 0 ? 1.0f / scale : 0.0f, error = 0;
-    for (int k = 0; k < kGroup; ++k) {
-      float q = std::min(7.0f, std::max(-8.0f, std::nearbyint(values[k] * inverse)));
-      error += (q * scale - values[k]) * (q * scale - values[k]);
-    }
-    if (error < best_error) best_error = error, best = half;
-  }
-  return best;
+template <class T>
+GALE_INLINE float from_bits(int32_t bits) {
+  if (sizeof(T) == 2) return widen(bf16(bits));
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 // One token: s8 [inputs], their scale, the offset's share of the sums; for int4 that of each group of 32.
 template <class T>
 GALE_INLINE float quantise_row(const T* x, int inputs, int stored, int8_t* out, int32_t* sums, bool grouped) {
-  float largest = 0;
-  for (int k = 0; k < inputs; ++k) largest = std::max(largest, std::fabs(widen(x[k])));
+  int32_t most = 0;  // of what has no sign, bits are in the order of the numbers; compilers know what to do with integers
+  for (int k = 0; k < inputs; ++k) most = std::max(most, unsigned_bits(x[k]));
+  const float largest = from_bits<T>(most);
   float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   int32_t sum = 0;
   for (int k = 0; k < inputs; ++k) {
@@ -91,10 +62,10 @@ GALE_INLINE float quantise_row(const T* x, int inputs, int stored, int8_t* out, 
   return largest / 127.0f;
 }
 
-GALE_CLONES float quantise_bf16(const bf16* x, int inputs, int stored, int8_t* out, int32_t* sums, bool grouped) {
+GALE_CLONES float quantise(const bf16* x, int inputs, int stored, int8_t* out, int32_t* sums, bool grouped) {
   return quantise_row(x, inputs, stored, out, sums, grouped);
 }
-GALE_CLONES float quantise_fp32(const float* x, int inputs, int stored, int8_t* out, int32_t* sums, bool grouped) {
+GALE_CLONES float quantise(const float* x, int inputs, int stored, int8_t* out, int32_t* sums, bool grouped) {
   return quantise_row(x, inputs, stored, out, sums, grouped);
 }
 
@@ -361,7 +332,8 @@ Level best_level() {
 int level = best_level();
 
 // Tokens that are multiplied with a panel at once, and the sums of `rows` of them.
-int most_rows(int bits) { return level == kPlain ? 1 : level == kAvx2 ? 4 : bits == 8 ? 6 : 12; }
+constexpr int kMostRows = 12;
+int most_rows(int bits) { return bits == 16 ? 6 : level == kPlain ? 1 : level == kAvx2 ? 4 : bits == 8 ? 6 : kMostRows; }
 
 void panel8(const uint8_t* w, Tokens a, int rows, int stored, int32_t* out, Ahead ahead) {
 #if defined(__x86_64__)
@@ -404,26 +376,115 @@ void panel4(const uint8_t* w, Tokens a, int rows, int stored, float* out, Ahead 
 }
 
 template <class Sum, class T>
-GALE_INLINE void finish(const Sum* sums, float a_scale, const float* w_scales, const float* bias, T* out, int outputs) {
+GALE_INLINE void finish_row(const Sum* sums, float a_scale, const float* w_scales, const float* bias, T* out, int outputs,
+                            bool add) {
   for (int n = 0; n < outputs; ++n) {
     float value = float(sums[n]) * (w_scales ? a_scale * w_scales[n] : a_scale);
-    out[n] = as<T>(bias ? value + bias[n] : value);
+    T rounded = as<T>(bias ? value + bias[n] : value);
+    out[n] = add ? as<T>(widen(out[n]) + widen(rounded)) : rounded;
   }
 }
 
-#define GALE_FINISH(name, Sum, T)                                                                            \
-  GALE_CLONES void name(const Sum* sums, float a_scale, const float* w_scales, const float* bias, T* out, int outputs) { \
-    finish(sums, a_scale, w_scales, bias, out, outputs);                                                       \
+#define GALE_FINISH(Sum, T)                                                                                       \
+  GALE_CLONES void finish(const Sum* sums, float a_scale, const float* w_scales, const float* bias, T* out,       \
+                          int outputs, bool add) {                                                                \
+    finish_row(sums, a_scale, w_scales, bias, out, outputs, add);                                                 \
   }
-GALE_CLONES void finish_16(const float* sums, const float* bias, bf16* out, int outputs) {
-  for (int n = 0; n < outputs; ++n) out[n] = narrow(bias ? sums[n] + bias[n] : sums[n]);
+GALE_FINISH(int32_t, bf16)
+GALE_FINISH(int32_t, float)
+GALE_FINISH(float, bf16)
+GALE_FINISH(float, float)
+
+// Panels [0, panels) in runs for threads to claim: long ones first, since claiming costs a little and the next in a row is
+// what is fetched ahead; single ones at last, so that all are done at about the same time.
+std::vector<int> runs_of(int panels, int threads) {
+  std::vector<int> starts{0};
+  while (starts.back() < panels) starts.push_back(starts.back() + std::max(1, std::min(8, (panels - starts.back()) / (2 * threads))));
+  return starts;
 }
-GALE_FINISH(finish_8_bf16, int32_t, bf16)
-GALE_FINISH(finish_8_fp32, int32_t, float)
-GALE_FINISH(finish_4_bf16, float, bf16)
-GALE_FINISH(finish_4_fp32, float, float)
+
+// Rows as they are multiplied: rounded to int8, or for bf16 weights as they are.
+struct Rounded {
+  std::vector<int8_t> values;
+  std::vector<int32_t> sums;
+  std::vector<float> scales;
+
+  void resize(long rows, long stored, long groups) {
+    if (long(values.size()) < rows * stored) values.resize(rows * stored);
+    if (long(sums.size()) < rows * groups) sums.resize(rows * groups);
+    if (long(scales.size()) < rows) scales.resize(rows);
+  }
+};
+
+template <class T>
+void multiply_rows(const Product* products, int count, const T* x, int rows, const RowWork& before, bool add, int threads) {
+  const int bits = products[0].matrix->bits, inputs = products[0].matrix->inputs;
+  const int stored = bits == 16 ? inputs : padded(inputs, bits == 8 ? 4 : kGroup), groups = bits == 4 ? stored / kGroup : 1;
+  thread_local Rounded memory;
+  Rounded& rounded = memory;  // on another thread the name means another one
+  if (bits != 16) rounded.resize(rows, stored, groups);
+  auto prepare = [&](int row) {
+    if (before) before(row);
+    if (bits != 16)
+      rounded.scales[row] = quantise(x + long(row) * inputs, inputs, stored, rounded.values.data() + long(row) * stored,
+                                     rounded.sums.data() + long(row) * groups, bits == 4);
+  };
+  if (before || bits != 16) {
+    const int at_once = std::max(1, std::min(16, rows / threads));
+    Pool::run((rows + at_once - 1) / at_once, threads, [&](int chunk) {
+      for (int row = chunk * at_once; row < std::min(rows, (chunk + 1) * at_once); ++row) prepare(row);
+    });
+  }
+  const int most = most_rows(bits), tiles = (rows + most - 1) / most;
+  const long steps = bits == 16 ? inputs / 2 : bits == 8 ? stored / 4 : groups, step_bytes = bits == 4 ? kGroupBytes : 4 * kPanel;
+  const long panel_bytes = steps * step_bytes;
+  auto panel_times_rows = [&](const Product& product, int panel) {
+    alignas(64) int32_t integer[kMostRows * kPanel];
+    alignas(64) float real[kMostRows * kPanel];
+    const Matrix& matrix = *product.matrix;
+    const uint8_t* w = matrix.packed + panel * panel_bytes;
+    const int first = panel * kPanel, here = std::min(kPanel, matrix.outputs - first);
+    const float *bias = matrix.bias ? matrix.bias + first : nullptr, *scales = bits == 8 ? matrix.scales + first : nullptr;
+    for (int row = 0, tile = 0, now; row < rows; row += now, ++tile) {
+      now = share(rows - row, most);
+      // What is fetched during this tile: the same stream a little further on, or a share of the next panel; nothing where
+      // so many rows wait that it does not matter.
+      const long lines = (step_bytes / 64 + tiles - 1) / tiles;
+      Ahead ahead{w + 4096, int(lines)};
+      if (tiles > 8) ahead.lines = 0;
+      else if (tiles > 1) ahead.from = w + panel_bytes + std::max(0l, std::min(tile * lines * 64 * steps, panel_bytes - lines * 64 * steps));
+      Tokens a{rounded.values.data() + long(row) * stored, rounded.sums.data() + long(row) * groups, stored, groups};
+      if constexpr (sizeof(T) == 2)
+        if (bits == 16) panel16(w, x + long(row) * inputs, now, inputs, real, ahead);
+      if (bits == 8) panel8(w, a, now, stored, integer, ahead);
+      if (bits == 4) panel4(w, a, now, stored, real, ahead);
+      for (int m = 0; m < now; ++m) {
+        T* out = static_cast<T*>(product.out) + long(row + m) * matrix.outputs + first;
+        const float a_scale = bits == 16 ? 1.0f : rounded.scales[row + m];
+        if (bits == 8) finish(integer + m * kPanel, a_scale, scales, bias, out, here, add);
+        else finish(real + m * kPanel, a_scale, nullptr, bias, out, here, add);
+      }
+    }
+  };
+  auto panels_of = [&](int product) { return (products[product].matrix->outputs + kPanel - 1) / kPanel; };
+  int panels = 0;
+  for (int product = 0; product < count; ++product) panels += panels_of(product);
+  const std::vector<int> runs = runs_of(panels, threads);
+  Pool::run(int(runs.size()) - 1, threads, [&](int run) {
+    for (int place = runs[run]; place < runs[run + 1]; ++place) {
+      int product = 0, panel = place;
+      while (panel >= panels_of(product)) panel -= panels_of(product++);
+      panel_times_rows(products[product], panel);
+    }
+  });
+}
 
 }  // namespace
+
+void multiply(const Product* products, int count, const bf16* x, int rows, const RowWork& before, bool add, int threads) {
+  multiply_rows(products, count, x, rows, before, add, threads);
+}
+
 }  // namespace gale
 
 using namespace gale;
@@ -434,12 +495,6 @@ extern "C" {
 int gale_level(int most) {
   level = std::min<int>(best_level(), most);
   return level;
-}
-
-long gale_packed_bytes(int bits, int outputs, int inputs) {
-  long panels = padded(outputs, kPanel) / kPanel;
-  if (bits == 16) return panels * kPanel * padded(inputs, 2) * 2;
-  return bits == 8 ? panels * kPanel * padded(inputs, 4) : panels * (padded(inputs, kGroup) / kGroup) * kGroupBytes;
 }
 
 // Whether bf16 weights are served here: `inputs` must be even then.
@@ -453,142 +508,11 @@ int gale_has_bf16() {
 #endif
 }
 
-// Packs bf16 weights [outputs, inputs] as they are.
-void gale_pack_bf16(const bf16* weights, int outputs, int inputs, bf16* packed, int threads) {
-  int panels = padded(outputs, kPanel) / kPanel;
-  Pool::run(panels, threads, [&](int panel) {
-    bf16* to = packed + long(panel) * kPanel * inputs;
-    for (int n = 0; n < kPanel; ++n) {
-      const bf16* row = weights + (long(panel) * kPanel + n) * inputs;
-      for (int k = 0; k < inputs; k += 2) {
-        bool inside = panel * kPanel + n < outputs;
-        to[long(k) * kPanel + n * 2] = inside ? row[k] : 0;
-        to[long(k) * kPanel + n * 2 + 1] = inside ? row[k + 1] : 0;
-      }
-    }
-  });
-}
-
-// Quantises weights [outputs, inputs] (fp32 rows) and packs them; int8 also fills scales [padded outputs].
-void gale_pack(int bits, const float* weights, int outputs, int inputs, uint8_t* packed, float* scales, int threads) {
-  int panels = padded(outputs, kPanel) / kPanel;
-  Pool::run(panels, threads, [&](int panel) {
-    int first = panel * kPanel;
-    if (bits == 8) {
-      int stored = padded(inputs, 4);
-      uint8_t* to = packed + long(panel) * kPanel * stored;
-      for (int n = 0; n < kPanel; ++n) {
-        const float* row = weights + long(first + n) * inputs;
-        float largest = 0;
-        if (first + n < outputs)
-          for (int k = 0; k < inputs; ++k) largest = std::max(largest, std::fabs(row[k]));
-        scales[first + n] = largest / 127.0f;
-        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        for (int k = 0; k < stored; ++k) {
-          bool inside = first + n < outputs && k < inputs;
-          to[long(k / 4) * 256 + n * 4 + k % 4] = uint8_t(128 + (inside ? int(std::nearbyint(row[k] * inverse)) : 0));
-        }
-      }
-      return;
-    }
-    int groups = padded(inputs, kGroup) / kGroup;
-    for (int group = 0; group < groups; ++group) {
-      uint8_t* to = packed + (long(panel) * groups + group) * kGroupBytes;
-      std::memset(to, 0, kPanel * kGroup / 2);
-      for (int n = 0; n < kPanel; ++n) {
-        float values[kGroup];
-        for (int k = 0; k < kGroup; ++k) {
-          int input = group * kGroup + k;
-          values[k] = first + n < outputs && input < inputs ? weights[long(first + n) * inputs + input] : 0.0f;
-        }
-        uint16_t half = best_scale(values);
-        float scale = half_to_float(half), inverse = scale != 0 ? 1.0f / scale : 0.0f;
-        std::memcpy(to + kPanel * kGroup / 2 + 2 * n, &half, 2);
-        for (int k = 0; k < kGroup; ++k) {
-          int q = std::min(7, std::max(-8, int(std::nearbyint(values[k] * inverse)))) + 8;
-          to[(k / 8 * 4 + n / 16) * 64 + n % 16 * 4 + k % 4] |= uint8_t(k % 8 < 4 ? q : q << 4);
-        }
-      }
-    }
-  });
-}
-
-// out [rows, outputs] of x [rows, inputs], both bf16 or, unless the weights are bf16, both fp32; bias [outputs] fp32 or null.
-void gale_linear(int bits, const void* x, bool wide, int rows, int inputs, const uint8_t* packed, const float* scales,
-                 const float* bias, void* out, int outputs, int threads) {
-  int stored = padded(inputs, bits == 8 ? 4 : kGroup), groups = bits == 8 ? 1 : stored / kGroup;
-  thread_local std::vector<int8_t> values_memory;
-  thread_local std::vector<int32_t> sums_memory;
-  thread_local std::vector<float> scale_memory;
-  if (long(values_memory.size()) < long(rows) * stored) values_memory.resize(long(rows) * stored);
-  if (long(sums_memory.size()) < long(rows) * groups) sums_memory.resize(long(rows) * groups);
-  if (int(scale_memory.size()) < rows) scale_memory.resize(rows);
-  int8_t* values = values_memory.data();  // thread_local names mean another memory on another thread
-  int32_t* sums = sums_memory.data();
-  float* a_scales = scale_memory.data();
-  const int panels = padded(outputs, kPanel) / kPanel, most = most_rows(bits);
-  const long panel_bytes = bits == 16 ? long(kPanel) * inputs * 2 : bits == 8 ? long(kPanel) * stored : long(groups) * kGroupBytes;
-  // Panels are claimed several at once: claiming costs a little, and the next in a row is what is fetched ahead.
-  const int at_once = std::max(1, std::min(8, panels / (4 * threads)));
-  const long steps = bits == 16 ? inputs / 2 : bits == 8 ? stored / 4 : groups, step_bytes = panel_bytes / steps;
-  const int tiles = (rows + (bits == 16 ? 6 : most_rows(bits)) - 1) / (bits == 16 ? 6 : most_rows(bits));
-  // What of the panel behind `panel` is fetched during its tile; nothing where so many rows wait that it does not matter.
-  auto ahead_of = [&](int panel, int tile) {
-    const long lines = (step_bytes / 64 + tiles - 1) / tiles;
-    if (tiles == 1) return Ahead{packed + panel * panel_bytes + 4096, int(lines)};  // the same stream, a little further on
-    if (panel + 1 >= panels || tiles > 8) return Ahead{packed, 0};
-    const long low = std::min(tile * lines * 64 * steps, panel_bytes - lines * 64 * steps);
-    return Ahead{packed + (panel + 1) * panel_bytes + std::max(0l, low), int(lines)};
-  };
-  const int chunks = (panels + at_once - 1) / at_once;
-  if (bits == 16) {
-    Pool::run(chunks, threads, [&](int chunk) {
-      alignas(64) float sums[6 * kPanel];
-      for (int panel = chunk * at_once; panel < std::min(panels, (chunk + 1) * at_once); ++panel) {
-        int first = panel * kPanel, here = std::min(kPanel, outputs - first);
-        for (int row = 0, tile = 0, now; row < rows; row += now, ++tile) {
-          now = share(rows - row, 6);
-          panel16(packed + panel * panel_bytes, (const bf16*)x + long(row) * inputs, now, inputs, sums, ahead_of(panel, tile));
-          for (int m = 0; m < now; ++m)
-            finish_16(sums + m * kPanel, bias ? bias + first : nullptr, (bf16*)out + long(row + m) * outputs + first, here);
-        }
-      }
-    });
-    return;
-  }
-  auto quantise = [&](int row) {
-    int8_t* to = values + long(row) * stored;
-    a_scales[row] = wide ? quantise_fp32((const float*)x + long(row) * inputs, inputs, stored, to, sums + long(row) * groups, bits == 4)
-                         : quantise_bf16((const bf16*)x + long(row) * inputs, inputs, stored, to, sums + long(row) * groups, bits == 4);
-  };
-  constexpr int kRowsAtOnce = 16;
-  Pool::run((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int chunk) {
-    for (int row = chunk * kRowsAtOnce; row < std::min(rows, (chunk + 1) * kRowsAtOnce); ++row) quantise(row);
-  });
-  Pool::run(chunks, threads, [&](int chunk) {
-    alignas(64) int32_t integer[12 * kPanel];
-    alignas(64) float real[12 * kPanel];
-    for (int panel = chunk * at_once; panel < std::min(panels, (chunk + 1) * at_once); ++panel) {
-      const uint8_t* w = packed + panel * panel_bytes;
-      int first = panel * kPanel, here = std::min(kPanel, outputs - first);
-      for (int row = 0, tile = 0, now; row < rows; row += now, ++tile) {
-        now = share(rows - row, most);
-        const Ahead ahead = ahead_of(panel, tile);
-        Tokens a{values + long(row) * stored, sums + long(row) * groups, stored, groups};
-        if (bits == 8) panel8(w, a, now, stored, integer, ahead);
-        else panel4(w, a, now, stored, real, ahead);
-        for (int m = 0; m < now; ++m) {
-          float a_scale = a_scales[row + m];
-          const float* b = bias ? bias + first : nullptr;
-          long at = long(row + m) * outputs + first;
-          if (bits == 8 && wide) finish_8_fp32(integer + m * kPanel, a_scale, scales + first, b, (float*)out + at, here);
-          else if (bits == 8) finish_8_bf16(integer + m * kPanel, a_scale, scales + first, b, (bf16*)out + at, here);
-          else if (wide) finish_4_fp32(real + m * kPanel, a_scale, nullptr, b, (float*)out + at, here);
-          else finish_4_bf16(real + m * kPanel, a_scale, nullptr, b, (bf16*)out + at, here);
-        }
-      }
-    }
-  });
+// out [rows, outputs] of x [rows, inputs], both bf16 or, unless the weights are bf16, both fp32.
+void gale_linear(const Matrix* matrix, const void* x, bool wide, int rows, void* out, int threads) {
+  const Product product{matrix, out};
+  if (wide) multiply_rows(&product, 1, static_cast<const float*>(x), rows, nullptr, false, threads);
+  else multiply_rows(&product, 1, static_cast<const bf16*>(x), rows, nullptr, false, threads);
 }
 
 }  // extern "C"

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -117,5 +118,14 @@ class Pool {
   std::mutex sleep_;
   std::condition_variable wake_;
 };
+
+// work(row) for rows of `size` numbers, so many at once that they are worth handing to another thread.
+template <class Work>
+void over_rows(int rows, int size, int threads, const Work& work) {
+  const int at_once = std::max(1, 16384 / std::max(1, size));
+  Pool::run((rows + at_once - 1) / at_once, threads, [&](int chunk) {
+    for (int row = chunk * at_once; row < std::min(rows, (chunk + 1) * at_once); ++row) work(row);
+  });
+}
 
 }  // namespace gale

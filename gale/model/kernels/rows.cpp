@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers.h"
 #include "pool.h"
-#include "rows.h"
 
 namespace gale {
 namespace {
@@ -25,6 +25,8 @@ GALE_INLINE float exponential(float x) {
   std::memcpy(&power, &bits, 4);
   return p * power;
 }
+
+}  // namespace
 
 GALE_CLONES void norm(const bf16* x, const bf16* weight, float eps, int size, bf16* out) {
   float squares = 0;
@@ -49,13 +51,26 @@ GALE_CLONES void gate(const bf16* x, const bf16* up, int size, bf16* out) {
   }
 }
 
-// Rows [0, rows) in chunks that are worth handing to another thread.
-template <class Work>
-void over_rows(int rows, int size, int threads, const Work& work) {
-  int at_once = std::max(1, 16384 / std::max(1, size));
-  Pool::run((rows + at_once - 1) / at_once, threads, [&](int chunk) {
-    for (int row = chunk * at_once; row < std::min(rows, (chunk + 1) * at_once); ++row) work(row);
-  });
+namespace {
+
+// A number in the order of the bf16 number that it stands for.
+GALE_INLINE int16_t order(bf16 x) {
+  int16_t bits = int16_t(x);
+  if (bits < 0) bits = int16_t(bits ^ 0x7fff);
+  return bits == -1 ? 0 : bits;  // both zeros are equal
+}
+
+GALE_CLONES long likeliest(const bf16* x, int size) {
+  int16_t most = INT16_MIN;
+  int first = 0;  // of the piece with the largest
+  for (int low = 0; low < size; low += 256) {
+    const int high = std::min(size, low + 256);
+    int16_t here = INT16_MIN;
+    for (int i = low; i < high; ++i) here = std::max(here, order(x[i]));
+    if (here > most) most = here, first = low;
+  }
+  while (first < size - 1 && order(x[first]) != most) ++first;
+  return first;
 }
 
 }  // namespace
@@ -81,6 +96,11 @@ void gale_norm_rotate(const bf16* x, const bf16* weight, float eps, const bf16* 
       rotate(out + at, cos + row * size, sin + row * size, size / 2);
     }
   });
+}
+
+// Where the largest number of each row of x [rows, size] is, the first of them.
+void gale_likeliest(const bf16* x, int rows, int size, int64_t* out, int threads) {
+  over_rows(rows, size, threads, [&](long row) { out[row] = likeliest(x + row * size, size); });
 }
 
 // silu(x) * up, each [rows, size].

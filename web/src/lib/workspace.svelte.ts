@@ -1,9 +1,11 @@
+import { access } from './access.svelte';
 import * as api from './api/client';
 import type { Conversation, Info } from './api/types';
 import { forgetDrafts } from './chat/drafts';
 import { ConversationHistory } from './chat/history.svelte';
 import { ChatSession, type SessionListener } from './chat/session.svelte';
 import { router } from './router.svelte';
+import { takeToken } from './sign-in';
 
 /** Everything the page holds: the server's data sheet, the list of conversations and the one that is shown. */
 class Workspace {
@@ -26,7 +28,15 @@ class Workspace {
 
   /** Loads everything that is on the screen; again after the server could not be reached. */
   async start(): Promise<void> {
+    const token = takeToken();
+    if (token !== null) access.linkFailed = !(await api.signIn(token));
+    access.signedOut = false;
     await Promise.all([this.session.load(), this.history.load(), this.loadInfo()]);
+  }
+
+  async signOut(): Promise<void> {
+    await api.signOut();
+    location.assign('/'); // what was on the screen is nobody's now
   }
 
   async loadInfo(): Promise<void> {

@@ -1,3 +1,4 @@
+import { access } from '../access.svelte';
 import { ApiError } from './errors';
 import { readEvents } from './sse';
 import type {
@@ -23,6 +24,7 @@ async function request(
     init.body = JSON.stringify(body);
   }
   const response = await fetch(`/api${path}`, init);
+  if (response.status === 401) access.signedOut = true;
   if (!response.ok) throw await ApiError.fromResponse(response);
   return response;
 }
@@ -36,6 +38,18 @@ async function json<T>(method: string, path: string, body?: unknown): Promise<T>
 }
 
 const conversationPath = (id: string) => `/conversations/${encodeURIComponent(id)}`;
+
+/** Exchanges the token of a sign-in link for a cookie; false where the link does not work. */
+export async function signIn(token: string): Promise<boolean> {
+  const response = await fetch('/api/sign-in', {
+    method: 'POST',
+    headers: { accept: 'application/json', 'content-type': 'application/json' },
+    body: JSON.stringify({ token }),
+  }).catch(() => null);
+  return response?.ok ?? false;
+}
+
+export const signOut = () => request('POST', '/sign-out');
 
 export const getInfo = () => json<Info>('GET', '/info');
 

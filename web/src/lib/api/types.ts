@@ -4,6 +4,8 @@ export interface Info {
   name: string;
   version: string;
   model: { id: string; context_length: number };
+  /** Whether this browser is signed in; false also where nobody has to. */
+  signed_in: boolean;
 }
 
 export interface Conversation {

@@ -89,6 +89,12 @@ const en = {
   errorContextFirst: 'This message is too long for the model. Shorten it and send it again.',
   errorOther: 'Something went wrong.',
   errorDetail: (text: string) => `Something went wrong: ${text}`,
+
+  signedOut: 'Please sign in',
+  signedOutHow: 'Open the sign-in link that you were given, or that Gale printed when it started.',
+  signedOutNew: 'On the server’s machine, this makes a new one:',
+  linkFailed: 'This sign-in link does not work: it was used before, or it is older than a day.',
+  signOut: 'Sign out',
 };
 
 export type Messages = typeof en;
@@ -179,6 +185,12 @@ const zh: Messages = {
   errorContextFirst: '这条消息对模型来说太长了。请缩短后再发送。',
   errorOther: '出了点问题。',
   errorDetail: (text) => `出了点问题：${text}`,
+
+  signedOut: '请先登录',
+  signedOutHow: '请打开别人给你的登录链接，或 Gale 启动时打印的链接。',
+  signedOutNew: '在服务器上运行以下命令可生成新链接：',
+  linkFailed: '这个登录链接无效：它已被使用，或已超过一天。',
+  signOut: '退出登录',
 };
 
 export const MESSAGES: Record<Locale, Messages> = { en, zh };
