@@ -10,10 +10,12 @@ from pathlib import Path
 import httpx2
 
 from gale.engine.local import LocalEngine
+from gale.platform.secret import Secret
 from gale.platform.store import Store
 from tests.conformance import scenario
 from tests.conformance.checker import Checker
 from tests.conformance.parameters import Parameters, probe
+from tests.server.keyed import make_keys
 from tests.server.live import start
 from tests.tiny_model import make_model, make_tokenizer, save_folder
 
@@ -26,10 +28,11 @@ def compared(folder: Path) -> Iterator[tuple[Checker, dict[str, Parameters]]]:
     tokenizer = make_tokenizer()
     model = save_folder(tokenizer, folder / MODEL)  # what fine-tuning begins with
     engine = LocalEngine(make_model(tokenizer), tokenizer, model_id=MODEL, folder=model)
-    store = Store.open(f"sqlite:///{folder / 'gale.db'}", files=folder / "files")
+    store = Store.open(f"sqlite:///{folder / 'gale.db'}", files=folder / "files", secret=Secret(b"c" * 32))
+    keys = make_keys(store)
     server = start(store, engine=engine, home=folder)
     try:
-        with httpx2.Client(base_url=server.url, timeout=60) as http:
+        with httpx2.Client(base_url=server.url, timeout=60, auth=keys) as http:
             checker = Checker(http)
             scenario.run(checker, MODEL)
             yield checker, probe(checker, http)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from gale.text.tokenizer import Tokenizer
 from tests.server.live import Live, start
 from tests.server.tenants import (
     BODIES,
+    COMMON,
     FORMS,
     SHARED,
     UNLISTED,
@@ -54,7 +56,7 @@ def routes_with_ids(live: Live) -> Iterator[tuple[str, str]]:
 def test_every_route_with_an_id_is_covered(both: Both) -> None:
     live, mine, other = both
     for method, path in routes_with_ids(live):
-        for name in parameters_of(path):
+        for name in set(parameters_of(path)) - set(COMMON):
             assert name in mine.ids, f"tests/server/tenants.py: make a {name!r} for {path}"
             assert mine.ids[name] != other.ids[name]
         if method in ("POST", "PATCH", "PUT"):
@@ -68,9 +70,13 @@ def test_what_belongs_to_another_is_not_there(both: Both) -> None:
     tried = 0
     for method, path in routes_with_ids(live):
         names = parameters_of(path)
+        own = [name for name in names if name not in COMMON]
         # Every way in which at least one id is the other's: alone, and below something of one's own.
-        for whose in range(1, 2 ** len(names)):
-            ids = [(other if whose >> place & 1 else mine).ids[name] for place, name in enumerate(names)]
+        for others in itertools.product((False, True), repeat=len(own)):
+            if not any(others):
+                continue
+            given = {name: (other if theirs else mine).ids[name] for name, theirs in zip(own, others, strict=True)}
+            ids = [{**COMMON, **given}[name] for name in names]
             body = {"files": FORMS[method, path]} if (method, path) in FORMS else {"json": BODIES.get((method, path))}
             response = mine.send(method, filled(path, ids), **body)
             assert response.status_code == 404, f"{method} {filled(path, ids)}: {response.status_code} {response.text}"
@@ -98,6 +104,7 @@ def everything(tenant: Tenant) -> str:
         f"/v1/conversations/{ids['conversation_id']}/items", f"/v1/responses/{ids['response_id']}",
         f"/v1/conversations/{ids['conversation_id']}", "/v1/organization/projects", "/v1/organization/users",
         "/v1/organization/admin_api_keys", "/v1/organization/audit_logs?limit=100", "/v1/files", "/v1/fine_tuning/jobs",
+        "/v1/batches", "/v1/organization/budgets",
         f"/v1/fine_tuning/jobs/{ids['job_id']}/events", f"{project}/api_keys",
         f"{project}/service_accounts", f"{project}/users",
     ]  # fmt: skip
@@ -108,7 +115,7 @@ def everything(tenant: Tenant) -> str:
 
 def test_a_cursor_of_another_s_is_no_place_to_go_on_from(both: Both) -> None:
     _, mine, other = both
-    for path, name in (("projects", "project_id"), ("users", "user_id"), ("admin_api_keys", "admin key_id")):
+    for path, name in (("projects", "project_id"), ("users", "user_id"), ("admin_api_keys", "key_id")):
         response = mine.send("GET", f"/v1/organization/{path}", params={"after": other.ids[name]})
         assert (response.status_code, response.json()["error"]["param"]) == (400, "after")
 
