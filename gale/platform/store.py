@@ -108,7 +108,13 @@ class Store:
 
     @classmethod
     def open(
-        cls, url: str, *, exclusive: bool = False, files: Path | None = None, file_limits: FileLimits | None = None
+        cls,
+        url: str,
+        *,
+        exclusive: bool = False,
+        files: Path | None = None,
+        file_limits: FileLimits | None = None,
+        secret: Secret | None = None,
     ) -> Store:
         """Open and migrate the database at ``url`` as :meth:`Database.open` does, with the bytes of files in the folder
         ``files`` (one in GALE_HOME if not given). Blocks. Raises ``StoreError``."""
@@ -116,7 +122,7 @@ class Store:
         folder = FileFolder(files) if files else None
         # No other server has an SQLite file that is ours alone.
         metering = Metering(database, journal_folder(url), alone=exclusive and url.startswith("sqlite"))
-        return cls(database, folder=folder, file_limits=file_limits, metering=metering)
+        return cls(database, folder=folder, file_limits=file_limits, metering=metering, secret=secret)
 
     def close(self) -> None:
         """Finish pending writes and close the database. Blocks."""

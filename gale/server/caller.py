@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gale.core.errors import StoreError
 from gale.engine.request import Engine
-from gale.platform.access import LOCAL_OWNER, Actor
+from gale.platform.access import LOCAL_OWNER, Actor, NotAllowedError, authorize
 from gale.platform.admission import Ticket
 from gale.platform.identities import Identities
 from gale.server import local_guard
@@ -38,6 +38,7 @@ SIGN_IN = "/api/sign-in"
 _HEALTH = frozenset(("/healthz", "/readyz"))
 _METRICS = "/metrics"
 _PAGE = re.compile(r"/|/c/[^/]+|/assets/.+")
+_ADMINISTRATION = "/v1/organization"
 _RECHECK_S = 1.0
 
 
@@ -65,12 +66,15 @@ class Identify:
             if await self._identities.accounts_exist():
                 find = self._finder(scope)
                 if find is not None:
-                    state["actor"] = await _found(find)
+                    state["actor"] = actor = await _found(find)
+                    if scope["path"].startswith(_ADMINISTRATION):
+                        # Here as well as in the store, so that nothing of a request is looked at before.
+                        authorize(actor, "administer")
                     send = _Checked(send, find, scope["path"]).send
             else:
                 local_guard.check(scope, self._origins)
                 state["actor"] = LOCAL_OWNER
-        except (ApiError, StoreError) as error:
+        except (ApiError, NotAllowedError, StoreError) as error:
             # Neither let in nor turned away where it cannot be known: a StoreError is a 503.
             await as_api_error(error).response(scope["path"])(scope, receive, send)
             return

@@ -81,22 +81,22 @@ def _project_keys(router: APIRouter, store: Store, identities: Identities) -> No
         identities.forget()
         return {**project_key_json(key), "value": text}
 
-    @router.get("/projects/{project_id}/api_keys/{key_id}")
-    async def get_key(project_id: str, key_id: str, request: Request) -> dict[str, Any]:
-        return project_key_json(await keys(request, project_id).get(key_id))
+    @router.get("/projects/{project_id}/api_keys/{api_key_id}")
+    async def get_key(project_id: str, api_key_id: str, request: Request) -> dict[str, Any]:
+        return project_key_json(await keys(request, project_id).get(api_key_id))
 
-    @router.post("/projects/{project_id}/api_keys/{key_id}", openapi_extra=request_schema(KeyChange))
-    async def change_key(project_id: str, key_id: str, request: Request) -> dict[str, Any]:
+    @router.post("/projects/{project_id}/api_keys/{api_key_id}", openapi_extra=request_schema(KeyChange))
+    async def change_key(project_id: str, api_key_id: str, request: Request) -> dict[str, Any]:
         mine, body = keys(request, project_id), await read_json(request, KeyChange)
-        key = await mine.change(key_id, scopes=body.scopes, expires_in_s=body.expires_in_seconds)
+        key = await mine.change(api_key_id, scopes=body.scopes, expires_in_s=body.expires_in_seconds)
         identities.forget()
         return project_key_json(key)
 
-    @router.delete("/projects/{project_id}/api_keys/{key_id}")
-    async def delete_key(project_id: str, key_id: str, request: Request) -> dict[str, Any]:
-        await keys(request, project_id).revoke(key_id)
+    @router.delete("/projects/{project_id}/api_keys/{api_key_id}")
+    async def delete_key(project_id: str, api_key_id: str, request: Request) -> dict[str, Any]:
+        await keys(request, project_id).revoke(api_key_id)
         identities.forget()
-        return deleted_json("organization.project.api_key", key_id)
+        return deleted_json("organization.project.api_key", api_key_id)
 
 
 def _service_accounts(router: APIRouter, store: Store, identities: Identities) -> None:

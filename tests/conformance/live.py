@@ -18,6 +18,7 @@ from gale.platform.store import Store
 from tests.conformance import scenario
 from tests.conformance.checker import Checker
 from tests.conformance.parameters import Parameters, probe
+from tests.server.keyed import make_keys
 from tests.server.live import start
 from tests.tiny_model import make_tokenizer, save_folder
 
@@ -34,9 +35,10 @@ def compared(folder: Path) -> Iterator[tuple[Checker, dict[str, Parameters]]]:
     own_home, os.environ["GALE_HOME"] = os.environ.get("GALE_HOME"), str(folder / "home")
     settings.cache_clear()
     store = Store.open(f"sqlite:///{folder / 'gale.db'}")
+    keys = make_keys(store)
     server = start(store, engine=engine)
     try:
-        with httpx2.Client(base_url=server.url, timeout=60) as http:
+        with httpx2.Client(base_url=server.url, timeout=60, auth=keys) as http:
             checker = Checker(http)
             scenario.run(checker, MODEL)
             yield checker, probe(checker, http)

@@ -92,6 +92,40 @@ def consumption(checker: Checker, model: str) -> None:
     )
 
 
+def administration(checker: Checker, model: str) -> None:
+    key = {"key_id": checker.call("post /organization/admin_api_keys", json={"name": "second"})["id"]}
+    checker.call("get /organization/admin_api_keys")
+    checker.call("get /organization/admin_api_keys/{key_id}", params=key)
+    checker.call("delete /organization/admin_api_keys/{key_id}", params=key)
+    user = {"user_id": checker.call("get /organization/users")["data"][0]["id"]}
+    checker.call("get /organization/users/{user_id}", params=user)
+    checker.call("post /organization/users/{user_id}", params=user, json={"role": "owner"})
+    project = {"project_id": checker.call("post /organization/projects", json={"name": "p"})["id"]}
+    one = "/organization/projects/{project_id}"
+    checker.call("get /organization/projects")
+    checker.call(f"get {one}", params=project)
+    checker.call(f"post {one}", params=project, json={"name": "q"})
+    member = {**project, **user}
+    checker.call(f"post {one}/users", params=project, json={**user, "role": "member"})
+    checker.call(f"get {one}/users", params=project)
+    checker.call(f"get {one}/users/{{user_id}}", params=member)
+    checker.call(f"post {one}/users/{{user_id}}", params=member, json={"role": "owner"})
+    checker.call(f"delete {one}/users/{{user_id}}", params=member)
+    made = checker.call(f"post {one}/service_accounts", params=project, json={"name": "robot"})
+    account = {**project, "service_account_id": made["id"]}
+    checker.call(f"get {one}/service_accounts", params=project)
+    checker.call(f"get {one}/service_accounts/{{service_account_id}}", params=account)
+    checker.call(f"post {one}/service_accounts/{{service_account_id}}", params=account, json={"name": "r"})
+    checker.call(f"post {one}/service_accounts/{{service_account_id}}/api_keys", params=account, json={"name": "k"})
+    keys = checker.call(f"get {one}/api_keys", params=project)["data"]
+    key = {**project, "api_key_id": keys[0]["id"]}
+    checker.call(f"get {one}/api_keys/{{api_key_id}}", params=key)
+    checker.call(f"delete {one}/api_keys/{{api_key_id}}", params=key)
+    checker.call(f"delete {one}/service_accounts/{{service_account_id}}", params=account)
+    checker.call(f"post {one}/archive", params=project)
+    checker.call("get /organization/audit_logs")
+
+
 def _unscored_first_token(answer: Any) -> None:
     """The first token of an echoed prompt has no score: null, which the document does not allow."""
     for choice in answer["choices"]:
@@ -230,4 +264,5 @@ PARTS = (
     batches,
     fine_tuning,
     consumption,
+    administration,
 )
