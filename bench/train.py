@@ -36,7 +36,6 @@ PRETRAINING = HERE.parent.parent / "shared" / "data" / "pretrain"
 # Small shape: 8 rows of 256 tokens a step. Large shape: 8 rows of 512.
 ROWS, SMALL_TOKENS, LARGE_TOKENS = 8, 256, 512
 SMALL_VOCABULARY, LARGE_VOCABULARY = 6_400, 32_000
-SEEDS = (1, 2, 3)
 
 ADAMW = {"optimiser": {"learning_rate": 2.5e-3, "warmup_steps": 30, "decay_share": 0.5}}
 MUON = {"optimiser": {"algorithm": "muon", "learning_rate": 5e-3, "warmup_steps": 30, "decay_share": 0.5}}
@@ -106,6 +105,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=7, help="rounds of 4 steps of the small shape")
     arguments.add_argument("--large-rounds", type=int, default=3, help="rounds of 1 step of the large shape")
     arguments.add_argument("--steps", type=int, default=600, help="steps of 2,048 tokens for quality")
+    arguments.add_argument("--seeds", type=int, default=3, help="runs of each contender for quality")
     arguments.add_argument("--out", type=Path, default=HERE / "results", help="folder for train.json and train.md")
     asked = arguments.parse_args()
     peers = {"nanoGPT": asked.nanogpt, "minimind": asked.minimind}
@@ -120,7 +120,7 @@ def main() -> None:
         measures = {
             "speed": lambda: speed(small, peers, asked.rounds),
             "large": lambda: large_shape(large, asked.large_rounds),
-            "quality": lambda: quality(small, peers, asked.steps),
+            "quality": lambda: quality(small, peers, asked.steps, asked.seeds),
         }
         for part in asked.parts:
             results[part] = {"about": about(peers), "text": text, "steps": asked.steps, "rows": measures[part]()}
@@ -267,8 +267,11 @@ def rows_of(contenders: list[Contender], *, peers: int, tokens: int) -> list[dic
     return table
 
 
-def quality(rows: Path, peers: dict[str, Path | None], steps: int) -> dict[str, list[float]]:
-    """Bits per byte of held-out text after ``steps`` steps, each contender at its own settings, a figure a seed."""
+def quality(rows: Path, peers: dict[str, Path | None], steps: int, seeds: int) -> dict[str, list[float]]:
+    """Bits per byte of held-out text after ``steps`` steps, each contender at its own settings, a figure a seed.
+
+    Each is printed when it is known, so that a run that is cut off leaves what it found.
+    """
     base = Job("Gale", "small", str(rows), SMALL_VOCABULARY, ROWS, steps, seed=0, score=True)
     contenders = [
         Contender(f"Gale, {name}, compiled", replace(base, options={**settings, **COMPILED}))
@@ -278,12 +281,13 @@ def quality(rows: Path, peers: dict[str, Path | None], steps: int) -> dict[str, 
         if peers[name]:
             contenders.append(Contender(name, replace(base, contender=name, shape=shape, peer=str(peers[name]))))
     scores: dict[str, list[float]] = {contender.label: [] for contender in contenders}
-    for seed in SEEDS:
+    for seed in range(1, seeds + 1):
         for contender in contenders:
             again = Contender(contender.label, replace(contender.job, seed=seed))
             again.start()
             scores[contender.label].append(round(again.run(steps)["bits_per_byte"], 4))
             again.end()
+            print(f"seed {seed}, {contender.label}: {scores[contender.label][-1]} bits per byte", flush=True)
     return scores
 
 
@@ -298,11 +302,9 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", f"{facts['machine']}; {facts['date']}, commit {facts['commit']}; {peers}."]
         if part == "quality":
             tokens = results[part]["steps"] * ROWS * SMALL_TOKENS
-            lines += [
-                "",
-                f"| bits per byte after {tokens:,} tokens | {' | '.join(f'seed {seed}' for seed in SEEDS)} | mean |",
-            ]
-            lines += ["|---" * (2 + len(SEEDS)) + "|"]
+            seeds = " | ".join(f"seed {seed}" for seed in range(1, len(next(iter(rows.values()))) + 1))
+            lines += ["", f"| bits per byte after {tokens:,} tokens | {seeds} | mean |"]
+            lines += ["|---" * (seeds.count("|") + 3) + "|"]
             for label, values in rows.items():
                 cells = " | ".join(f"{value:.4f}" for value in values)
                 lines += [f"| {label} | {cells} | {statistics.mean(values):.4f} |"]

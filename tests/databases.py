@@ -42,19 +42,30 @@ class PostgresqlServer:
 
     def __init__(self, folder: Path) -> None:
         self._programs = folder
-        self._user = _user()
         self.home = Path(tempfile.mkdtemp(prefix="gale-postgresql-"))
+        self._as_user: dict[str, Any] = {"cwd": self.home}
         password = self.home / "password"
         password.write_text(PASSWORD)
-        if self._user:
+        if (user := _user()) is not None:
+            self._as_user |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             for path in (self.home, password):
-                shutil.chown(path, self._user)
+                os.chown(path, user.pw_uid, user.pw_gid)
         self.port = _free_port()
         options = ["--username=gale", "--auth=scram-sha-256", f"--pwfile={password}", "--encoding=UTF8", "--locale=C"]
         self._run("initdb", "--no-sync", *options)
         (self.home / "data" / "postgresql.conf").open("a").write(
             f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{self.home}'\n"
             "fsync = off\nfull_page_writes = off\nshared_buffers = 16MB\n"
+        )
+
+        # Ends the server when our end of its pipe closes, as it also does when this process is killed.
+        self._guard = subprocess.Popen(
+            ["sh", "-c", 'read _; "$0" stop --mode=immediate --pgdata="$1"', folder / "pg_ctl", self.home / "data"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            **self._as_user,
         )
 
     def start(self) -> None:
@@ -67,7 +78,7 @@ class PostgresqlServer:
 
     def remove(self) -> None:
         """Stop it for good."""
-        self.stop()
+        self._guard.communicate()
         shutil.rmtree(self.home)
 
     def url(self, name: str = "postgres") -> str:
@@ -79,8 +90,10 @@ class PostgresqlServer:
         """The address of a database that exists only inside this block."""
         name = f"test_{secrets.token_hex(6)}"
         execute(self.url(), f"CREATE DATABASE {name} TEMPLATE {template}")
-        yield self.url(name)
-        execute(self.url(), f"DROP DATABASE {name} WITH (FORCE)")
+        try:
+            yield self.url(name)
+        finally:
+            execute(self.url(), f"DROP DATABASE {name} WITH (FORCE)")
 
     def _run(self, program: str, *arguments: str) -> None:
         # To a file: the server inherits where pg_ctl writes to, and a pipe would never be at its end.
@@ -90,11 +103,8 @@ class PostgresqlServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                user=self._user,
-                group=self._user and pwd.getpwnam(self._user).pw_gid,
-                extra_groups=[] if self._user else None,
-                cwd=self.home,
                 timeout=120,
+                **self._as_user,
             )
             output.seek(0)
             assert done.returncode == 0, output.read()
@@ -118,12 +128,12 @@ def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
     return asyncio.run(run())
 
 
-def _user() -> str | None:
+def _user() -> pwd.struct_passwd | None:
     """Whom the server belongs to; None for ourselves. PostgreSQL refuses root."""
     if os.geteuid() != 0:
         return None
-    names = {entry.pw_name for entry in pwd.getpwall()}
-    return "postgres" if "postgres" in names else "nobody"
+    users = {entry.pw_name: entry for entry in pwd.getpwall()}
+    return users.get("postgres") or users["nobody"]
 
 
 def _free_port() -> int:

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 import gale
-from gale.cli import chat, data, eval, model, plan, serve, train
+from gale.cli import admin, chat, data, eval, model, plan, serve, train
 from gale.cli.terminal import printable
 from gale.core.errors import GaleError
 from gale.core.logging import configure_logging
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(model.app, name="model")
+app.add_typer(admin.app, name="admin")
 app.command("plan")(plan.plan)
 app.command("eval")(eval.evaluate)
 app.command("chat")(chat.chat)

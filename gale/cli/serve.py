@@ -16,7 +16,7 @@ _UPSTREAM, _RAY = "Another server", "Replicas"
 def serve(
     model: Annotated[str | None, typer.Option(help="Model folder, GGUF file or name; built-in if not given.")] = None,
     host: Annotated[
-        str, typer.Option(help="Address to serve on; loopback only, as there are no keys yet.")
+        str, typer.Option(help="Address to serve on; one that others reach needs keys (`gale admin init`).")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 8000,
     weights: Annotated[
@@ -42,6 +42,19 @@ def serve(
         str | None,
         typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
     ] = None,
+    public_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where people reach it, such as https://gale.example.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="A web page that may use the API with a key; may be repeated."),
+    ] = None,
+    files_dir: Annotated[
+        Path | None, typer.Option("--files", metavar="DIR", help="Uploaded files; a folder in GALE_HOME if not given.")
+    ] = None,
+    files_quota: Annotated[
+        float, typer.Option(min=0, metavar="GB", help="How many gigabytes of files a project may keep.")
+    ] = 64.0,
     upstream: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Let an OpenAI-compatible server answer.", rich_help_panel=_UPSTREAM),
@@ -62,6 +75,10 @@ def serve(
             min=1, metavar="TOKENS", help="Its context, where it keeps that secret.", rich_help_panel=_UPSTREAM
         ),
     ] = None,
+    train_on_ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Train fine-tuning jobs on the Ray cluster at this address."),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -81,9 +98,12 @@ def serve(
     # and the other verbs do not pay for any of it.
     from gale.cli.engines import EngineChoice, opened
     from gale.core.settings import settings
+    from gale.platform.files import FileLimits
     from gale.platform.store import Store
     from gale.server.app import create_app
     from gale.server.lifecycle import Lifecycle
+    from gale.server.origins import Origins
+    from gale.server.page_sign_in import sign_in_url
     from gale.server.runner import address_of, listen, run
     from gale.server.self_test import check_scores
 
@@ -105,15 +125,25 @@ def serve(
         replica_cpus=replica_cpus,
         replica_gpus=replica_gpus,
     )
-    sock = listen(host, port)
-    store = Store.open(db or settings().database_url, exclusive=True)
+    origins = Origins(cors or [], public_url)
+    store = Store.open(
+        db or settings().database_url,
+        exclusive=True,
+        files=files_dir and files.resolve(files_dir),
+        file_limits=FileLimits(project_bytes=int(files_quota * 1000**3)),
+    )
     try:
+        sock = listen(host, port, accounts=asyncio.run(store.sessions.accounts_exist()))
         with opened(choice, port=sock.getsockname()[1]) as engine:
             lifecycle = Lifecycle()
-            app = create_app(engine, store, lifecycle=lifecycle)
+            app = create_app(engine, store, lifecycle=lifecycle, origins=origins, training_ray=train_on_ray)
+            link = asyncio.run(store.sessions.owner_link())
 
             def say_ready() -> None:
                 print(f"Gale is ready at {address_of(sock, host)} - model {engine.model_id} - Ctrl-C stops", flush=True)
+                if link is not None:
+                    where = sign_in_url(public_url or address_of(sock, host), link.token)
+                    print(f"Make it yours (once, within a day): {where}", flush=True)
 
             async def serve_and_close() -> None:
                 try:

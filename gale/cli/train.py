@@ -147,6 +147,15 @@ def reward() -> tuple[Train, type[Recipe]]:
     return train, RewardRecipe
 
 
+@_stage(unit="nats per text")
+def classifier() -> tuple[Train, type[Recipe]]:
+    """Train a model that gives texts labels, with probabilities calibrated on rows of their own."""
+    from gale.train.classifier import classifier as train
+    from gale.train.recipe import ClassifierRecipe
+
+    return train, ClassifierRecipe
+
+
 @_stage(unit="per pair")
 def dpo() -> tuple[Train, type[Recipe]]:
     """Train a chat model on preferences directly (DPO), without a reward model."""

@@ -110,8 +110,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Fill a temporary file, piece by piece, that atomically becomes ``path`` when the block ends without an error."""
+def new_file(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Fill a temporary file, piece by piece, that atomically becomes ``path`` when the block ends without an error.
+
+    A ``private`` one can be read by its owner only, at every moment.
+    """
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -123,7 +126,7 @@ def new_file(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_UMASK)
+            temporary.chmod(0o600 if private else 0o666 & ~_UMASK)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

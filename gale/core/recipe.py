@@ -34,12 +34,17 @@ class Recipe(BaseModel):
     @classmethod
     def _resolve_paths(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
-        if isinstance(value, str) and (annotation is Path or Path in get_args(annotation)):
+        several = isinstance(value, list) and str(annotation).startswith("tuple[")
+        if annotation is Path or Path in get_args(annotation):
+            folder = (info.context or {}).get("folder")
             try:
-                return _located(value, (info.context or {}).get("folder"))
+                if isinstance(value, str):
+                    return _located(value, folder)
+                if several:
+                    return tuple(_located(each, folder) if isinstance(each, str) else each for each in value)
             except GaleError as error:
                 raise ValueError(error.message) from error
-        if isinstance(value, list) and str(annotation).startswith("tuple["):
+        if several:
             return tuple(value)  # TOML has arrays only; strict mode would refuse them for tuples
         return value
 

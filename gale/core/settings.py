@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from platformdirs import user_data_path
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gale.core import files
@@ -31,6 +31,15 @@ class Settings(BaseSettings):
     upstream_read_s: float = Field(
         default=300, gt=0, description="Longest silence of an upstream or a replica, in seconds."
     )
+    secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="What keys and sessions are hashed with; one file in the home folder if not given. Several "
+        "processes over one database need the same.",
+    )
+    currency: str = Field(
+        default="usd", pattern="^[a-z]{3}$", description="What prices and budgets are counted in, as three letters."
+    )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("home")
@@ -45,6 +54,11 @@ class Settings(BaseSettings):
     def runs(self) -> Path:
         """Default parent of training runs (``--out`` overrides it)."""
         return self.home / "runs"
+
+    @property
+    def files(self) -> Path:
+        """Default folder of uploaded files."""
+        return self.home / "files"
 
     @property
     def database_url(self) -> str:

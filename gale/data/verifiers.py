@@ -23,7 +23,7 @@ _BOUND_HINT = "Let each repeat end at what it cannot match itself: [^}]*} instea
 class VerifierOptions(Recipe):
     """What a verifier may be told; each reads only what concerns it."""
 
-    ignore_case: bool = Field(default=True, description="For exact, contains and regex.")
+    ignore_case: bool = Field(default=True, description="For exact, contains, includes and regex.")
     pattern: str | None = Field(
         default=None, description="For regex: what to look for; its first group, if it has one, is what counts."
     )
@@ -130,12 +130,59 @@ def choice(answer: str, expected: str, options: VerifierOptions) -> float:
 @_named("f1")
 def overlap_f1(answer: str, expected: str, options: VerifierOptions) -> float:
     """Overlap of words, or of characters for Chinese, as SQuAD and CMRC count it (Rajpurkar et al. 2016)."""
-    first, second = _units(answer), _units(expected)
-    common = sum((first & second).values())
-    if not common:
-        return 0.0
-    precision, recall = common / sum(first.values()), common / sum(second.values())
-    return 2 * precision * recall / (precision + recall)
+    first, second = Counter(_words(answer)), Counter(_words(expected))
+    return _f1((first & second).total(), first.total(), second.total())
+
+
+@_named("equal")
+def equal(answer: str, expected: str, options: VerifierOptions) -> float:
+    """The very same characters."""
+    return float(answer == expected)
+
+
+@_named("unequal")
+def unequal(answer: str, expected: str, options: VerifierOptions) -> float:
+    """Anything but the very same characters."""
+    return float(answer != expected)
+
+
+@_named("includes")
+def includes(answer: str, expected: str, options: VerifierOptions) -> float:
+    """The expected characters stand somewhere in the answer, as they are but for (unless told) case."""
+    if options.ignore_case:
+        answer, expected = answer.casefold(), expected.casefold()
+    return float(expected in answer)
+
+
+def _rouge_n(length: int) -> None:
+    """ROUGE-N as an F1 (Lin 2004): the overlap of runs of so many words, or characters for Chinese."""
+
+    @_named(f"rouge_{length}")
+    def rouge_n(answer: str, expected: str, options: VerifierOptions) -> float:
+        """ROUGE-N as an F1 (Lin 2004): runs of so many words, or of characters for Chinese, that are in both."""
+        first, second = (
+            Counter(zip(*(words[start:] for start in range(length)), strict=False))
+            for words in (_words(answer), _words(expected))
+        )
+        return _f1((first & second).total(), first.total(), second.total())
+
+
+for _length in range(1, 6):
+    _rouge_n(_length)
+
+
+@_named("rouge_l")
+def rouge_l(answer: str, expected: str, options: VerifierOptions) -> float:
+    """ROUGE-L as an F1 (Lin 2004): the longest common subsequence of words, or characters for Chinese."""
+    first, second = _words(answer), _words(expected)
+    longest = [0] * (len(second) + 1)  # of what was read of the answer, with so much of what was expected
+    for word in first:
+        diagonal = 0
+        for index, other in enumerate(second):
+            above = longest[index + 1]
+            longest[index + 1] = diagonal + 1 if word == other else max(above, longest[index])
+            diagonal = above
+    return _f1(longest[-1], len(first), len(second))
 
 
 _NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?(?:/(\d+))?")
@@ -183,12 +230,17 @@ def _form(text: str, options: VerifierOptions) -> str:
     return text.casefold() if options.ignore_case else text
 
 
-def _units(text: str) -> Counter[str]:
-    units: Counter[str] = Counter()
+def _f1(common: int, first: int, second: int) -> float:
+    return 2 * common / (first + second) if common else 0.0
+
+
+def _words(text: str) -> list[str]:
+    """Words in lower case without their marks, and each character of Chinese ones."""
+    words: list[str] = []
     for word in text.lower().split():
         kept = [c for c in word if unicodedata.category(c)[0] in "LN"]
         if any("\u4e00" <= c <= "\u9fff" for c in kept):
-            units.update(kept)
+            words += kept
         elif kept:
-            units["".join(kept)] += 1
-    return units
+            words.append("".join(kept))
+    return words

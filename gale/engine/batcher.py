@@ -19,7 +19,7 @@ from gale.engine.adapters import BatchAdapters
 from gale.engine.kv_cache import Caches, OwnCaches, SequenceCache
 from gale.engine.pace import Pace
 from gale.engine.prefix_cache import PrefixCache
-from gale.engine.request import EngineFailedError, EngineOverloadedError, GrammarError, TokenScore
+from gale.engine.request import EngineFailedError, EngineOverloadedError, EngineStats, GrammarError, TokenScore
 from gale.engine.sampler import choose
 from gale.engine.scores import score_rows
 from gale.engine.sequence import Sequence
@@ -92,6 +92,18 @@ class Batcher:
     def kept_tokens(self) -> int:
         """Tokens whose keys and values are kept in case that another sequence begins alike."""
         return self._prefixes.tokens
+
+    def stats(self) -> EngineStats:
+        """How busy it is. May be asked from any thread: what runs may be counted a step late."""
+        running = list(self._running)
+        caches = [sequence.cache for sequence in running]
+        return EngineStats(
+            waiting=len(self._waiting),
+            running=len(running),
+            cached_tokens=sum(cache.length for cache in caches if cache),
+            kept_tokens=self.kept_tokens,
+            most_cached_tokens=self._max_cached_tokens,
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; among equally urgent ones they start in the order in which they came."""

@@ -32,6 +32,7 @@ from gale.engine.request import (
     Embeddings,
     EngineFailedError,
     EngineOverloadedError,
+    EngineStats,
     Event,
     Finished,
     Pooling,
@@ -106,6 +107,7 @@ class LocalEngine:
         self._adapters = BatchAdapters(model)
         self._pooling = own_pooling(folder)
         self._grammars = Grammars(tokenizer, vocabulary_size=model.config.vocabulary_size, end_tokens=end_tokens)
+        self._batcher: Batcher | None = None  # the thread's, from when it has begun
         self._unfinished = 0  # this and the next are touched by the event loop only
         self._closing = False
         self._outbox = Outbox()
@@ -155,6 +157,11 @@ class LocalEngine:
         return self._model_id
 
     @property
+    def folder(self) -> Path | None:
+        """The model folder that this came from, None where there is none."""
+        return self._folder if self._folder is not None and self._folder.is_dir() else None
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters that can be asked for."""
         return self._adapters.names
@@ -167,8 +174,7 @@ class LocalEngine:
         """
         if not name or name == self._model_id:
             raise ModelError(f"An adapter cannot be called {name!r}.", hint="Give it a name of its own.")
-        base = self._folder if self._folder is not None and self._folder.is_dir() else None
-        layers = read_adapter_layers(folder, self._model, base=base, most_rank=MOST_ADAPTER_RANK)
+        layers = read_adapter_layers(folder, self._model, base=self.folder, most_rank=MOST_ADAPTER_RANK)
         template, ends = self._prompts.of_adapter(folder)
         self._adapters.add(Adapter(name, layers, template, self._end_tokens | ends))
 
@@ -184,9 +190,11 @@ class LocalEngine:
         """Most tokens of prompt and answer together: the model's own limit, or what there is memory for."""
         return min(self._model.config.context_length, self._cached_tokens)
 
-    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
         """See :meth:`gale.engine.request.Engine.count_prompt_tokens`."""
-        return len(self._prompts.encode_chat(messages, tools))
+        return len(self._prompts.encode_chat(messages, tools, self._template_of(self._adapters.get(adapter))))
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""
@@ -329,9 +337,15 @@ class LocalEngine:
         finally:
             sequence.cancelled = True  # seen at the beginning of the next step
             self._unfinished -= 1
+            if sampling.progress is not None:
+                sampling.progress.usage = sequence.usage
 
     def _template_of(self, adapter: Adapter | None) -> ChatTemplate:
         return self._prompts.template if adapter is None else adapter.template or self._prompts.template
+
+    def stats(self) -> EngineStats:
+        """See :meth:`gale.engine.request.Watched.stats`."""
+        return self._batcher.stats() if self._batcher else EngineStats(0, 0, 0, 0, self._cached_tokens)
 
     async def close(self) -> None:
         """Stop all requests and the thread."""
@@ -357,7 +371,7 @@ class LocalEngine:
         drafter: Drafter | None = NgramDrafter() if self._options.ngram_drafts else None
         if self._draft is not None:
             drafter = DraftModel(self._draft)
-        batcher = Batcher(
+        self._batcher = batcher = Batcher(
             self._model,
             adapters=self._adapters,
             max_running=self._options.max_running,

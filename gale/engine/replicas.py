@@ -205,9 +205,12 @@ class ReplicaEngine:
         """Most tokens of prompt and answer together."""
         return self._context_length
 
-    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
         """See :meth:`gale.engine.request.Engine.count_prompt_tokens`."""
-        return len(self._prompts.encode_chat(messages, tools))
+        template = self._templates.get(adapter) if adapter else None
+        return len(self._prompts.encode_chat(messages, tools, template))
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""

@@ -78,6 +78,27 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request. ``cached_tokens`` of the prompt had been read before; they say nothing about the
+    answer, so two counts are equal without them.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far an answer came, for those who must know it of one that was stopped: told by the engine at its end.
+
+    None where it does not know. Of a prompt only what was read counts.
+    """
+
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
@@ -101,6 +122,8 @@ class SamplingParams:
     A ``grammar`` leaves only tokens that it allows, and ends the answer (with reason "stop") where it allows no more.
     A model whose template has it think first does so freely. An answer cut by its length is the beginning of one that
     the grammar allows.
+
+    ``progress`` is told, however the answer ends, what was done for it.
     """
 
     max_tokens: int | None = None
@@ -120,6 +143,7 @@ class SamplingParams:
     adapter: str | None = None
     priority: int = 0
     grammar: Grammar | None = None
+    progress: Progress | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +165,6 @@ class Tools:
     def callable(self) -> list[dict[str, Any]]:
         """Those that may be called."""
         return [function for function in self.functions if self.only is None or function["name"] in self.only]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of one request. ``cached_tokens`` of the prompt had been read before; they say nothing about the
-    answer, so two counts are equal without them.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +254,27 @@ class Decision:
         return [weight / sum(weights) for weight in weights]
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy an engine is: requests that wait and that run, and tokens whose keys and values it holds for those that
+    run, keeps in case that they are of use, and has room for.
+    """
+
+    waiting: int
+    running: int
+    cached_tokens: int
+    kept_tokens: int
+    most_cached_tokens: int
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An engine that can say how busy it is."""
+
+    def stats(self) -> EngineStats:
+        """As of its last step; from any thread."""
+
+
 class Engine(Protocol):
     """A model that answers.
 
@@ -259,10 +293,13 @@ class Engine(Protocol):
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
 
-    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
         """Tokens the model would read before answering ``messages`` with ``tools`` to call.
 
-        Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time.
+        Raises :class:`ContextLengthError` instead of counting what is far too long, since counting costs time, and
+        :class:`UnknownAdapterError`.
         """
 
     def chat(

@@ -89,6 +89,14 @@ class Sequence:
         """Tokens of the prompt whose scores are known."""
         return len(self._prompt_scores)
 
+    @property
+    def usage(self) -> Usage:
+        """What has been done for it so far. May be asked from any thread."""
+        answer = len(self.tokens) - self.prompt_tokens
+        cache = self.cache
+        read = self.prompt_tokens if answer else min(cache.length, self.prompt_tokens) if cache else 0
+        return Usage(read, answer, min(self.cached_tokens, read))
+
     def observe(self, hidden_KC: Tensor) -> None:
         """Show the observer, if there is one, what was just read; it may put other tokens behind the prompt."""
         if self.observer is not None and self.cache is not None:

@@ -138,7 +138,9 @@ class UpstreamEngine:
         """Most tokens of prompt and answer together."""
         return self._context_length
 
-    def count_prompt_tokens(self, messages: list[Message], tools: Tools | None = None) -> int:
+    def count_prompt_tokens(
+        self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
+    ) -> int:
         """Tokens the model would read before answering; an estimate where the upstream does not tokenise, as it does
         not for tools."""
         shown = json.dumps(tools.functions, ensure_ascii=False) if tools else ""
@@ -272,6 +274,8 @@ class UpstreamEngine:
             if reason is None:  # else all has come but the last lines, with the counts
                 raise
         finally:
+            if sampling.progress is not None:
+                sampling.progress.usage = usage or Usage(prompt_tokens() if pieces else 0, pieces)
             await chunks.aclose()
         if reason is None:
             raise EngineFailedError("The upstream's answer ended without an end.")

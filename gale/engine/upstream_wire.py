@@ -70,7 +70,7 @@ def sampling_body(sampling: SamplingParams, owner: str) -> tuple[dict[str, Any],
     for field in dataclasses.fields(sampling):
         value = getattr(sampling, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        if field.name in _MAPPED or value == default:
+        if field.name in _MAPPED or not field.compare or value == default:  # what is not compared stays here
             continue
         if field.name not in _SAME_NAME or owner not in _ONLY_FOR.get(field.name, (owner,)):
             raise UpstreamRefusedError(f"'{field.name}' cannot be passed on to this upstream.")

@@ -94,19 +94,33 @@ class GenerateTask(WithShots):
 
 
 class ClassifyTask(WithShots):
-    """Labels: the likeliest label text after the prompt, or the first one that the answer names."""
+    """Labels: the likeliest label text after the prompt, the first one that the answer names, or a classifier's.
+
+    Of a classifier the prompt is the text to judge, and the texts of ``labels`` are its labels; one that is not is what
+    a text is that is given none of them.
+    """
 
     kind: Literal["classify"]
     label: str = Field(default="label", description="The key of the right label.")
     labels: dict[str, str] = Field(min_length=2, description="Each value of the key, as text, and its label's text.")
-    by: Literal["likelihood", "generation"] = "likelihood"
+    by: Literal["likelihood", "generation", "classifier"] = "likelihood"
     delimiter: str = Field(default=" ", description="Stands between prompt and label; not in a chat.")
     max_tokens: int = Field(default=16, ge=1, description="Of a generated label.")
 
+    @property
+    def texts(self) -> list[str]:
+        """The labels' texts, each once."""
+        return list(dict.fromkeys(self.labels.values()))
+
     @model_validator(mode="after")
     def _labels_differ(self) -> ClassifyTask:
-        if len(set(self.labels.values())) < len(self.labels):
+        if self.by == "classifier":
+            if self.shots or self.chat:
+                raise ValueError("a classifier reads the text alone: leave out shots and chat")
+        elif len(self.texts) < len(self.labels):
             raise ValueError("labels: two of them have the same text")
+        if len(self.texts) < 2:
+            raise ValueError("labels: all of them have the same text")
         return self
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from gale.core.device import choose_compute
+from gale.core.device import Compute, choose_compute
 from gale.core.errors import DataError, GaleError
 from gale.data.clean import sample_texts
 from gale.data.recipe import Source
@@ -16,7 +17,7 @@ from gale.data.source_files import missing_paths
 from gale.engine.local import LocalEngine
 from gale.engine.request import Engine
 from gale.evals.bits_per_byte import CHANCE, bits_per_byte
-from gale.evals.classification import run_classification, run_written_classification
+from gale.evals.classification import run_classification, run_classifier, run_written_classification
 from gale.evals.generation import ask, run_generation
 from gale.evals.minimal_pairs import run_pairs
 from gale.evals.multiple_choice import run_choices
@@ -25,6 +26,7 @@ from gale.evals.recipe import ChoicesTask, ClassifyTask, EvalRecipe, GenerateTas
 from gale.evals.scores import Score
 from gale.evals.task import TaskResult
 from gale.model.checkpoint import load_model
+from gale.model.classifier import is_classifier, load_classifier
 from gale.model.transformer import Decoder
 from gale.text.template import PLAIN_CHAT_TEMPLATE, ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
@@ -34,6 +36,10 @@ def evaluate(folder: Path, recipe: EvalRecipe) -> dict[str, Any]:
     """Measure the model in ``folder``; the result is plain data. Raises ``ModelError`` or ``DataError``."""
     _require_files(recipe)
     compute = choose_compute()
+    if is_classifier(folder):
+        return _report(folder, recipe, compute, _by_classifier(folder, recipe, compute))
+    if foreign := [task.name for task in recipe.tasks if isinstance(task, ClassifyTask) and task.by == "classifier"]:
+        raise DataError(f"The task {foreign[0]} is for a classifier, which {folder} is not.")
     model = load_model(folder, dtype=compute.dtype, device=compute.device)
     tokenizer = Tokenizer.load(folder)
     texts = [
@@ -44,15 +50,28 @@ def evaluate(folder: Path, recipe: EvalRecipe) -> dict[str, Any]:
     results = {task.name: result for task in recipe.tasks if (result := _by_likelihood(task, model, tokenizer))}
     del model  # the engine opens its own
     reading, answers, read = asyncio.run(_by_engine(folder, recipe, tokenizer, results))
-    results = {task.name: results[task.name] for task in recipe.tasks}
-    scores = [*texts, *read, *(each for result in results.values() for each in result.scores)]
+    return _report(folder, recipe, compute, results, texts, read, reading, answers)
+
+
+def _report(
+    folder: Path,
+    recipe: EvalRecipe,
+    compute: Compute,
+    results: dict[str, TaskResult],
+    texts: Sequence[Score] = (),
+    read: Sequence[Score] = (),
+    reading: Mapping[str, Any] = MappingProxyType({}),
+    answers: Sequence[dict[str, str]] = (),
+) -> dict[str, Any]:
+    tasks = [score for task in recipe.tasks for score in results[task.name].scores]
+    scores = [*texts, *read, *tasks]
     return {
         "model": str(folder),
         "compute": compute.reason,
         "scores": [_rounded(each) for each in scores],
         "bits_per_byte": {each.task: round(each.value, 4) for each in texts},
         "chance_bits_per_byte": round(CHANCE, 4),
-        "reading": reading,
+        "reading": dict(reading),
         "tasks": {
             task.name: {
                 "kind": task.kind,
@@ -66,7 +85,7 @@ def evaluate(folder: Path, recipe: EvalRecipe) -> dict[str, Any]:
             }
             for task in recipe.tasks
         },
-        "answers": answers,
+        "answers": list(answers),
     }
 
 
@@ -75,6 +94,21 @@ def _require_files(recipe: EvalRecipe) -> None:
     paths += [shots for task in recipe.tasks if (shots := getattr(task, "shots_path", None)) is not None]
     if missing := missing_paths(paths):
         raise DataError(f"These held-out files do not exist: {', '.join(missing)}", hint="Check the evaluation recipe.")
+
+
+def _by_classifier(folder: Path, recipe: EvalRecipe, compute: Compute) -> dict[str, TaskResult]:
+    """Results of a classifier, which does nothing but give labels. Raises :class:`DataError` for what else is asked."""
+    tasks = {task.name: task for task in recipe.tasks if isinstance(task, ClassifyTask) and task.by == "classifier"}
+    foreign = [source.split for source in recipe.sources] + [
+        each.name for each in recipe.tasks if each.name not in tasks
+    ]
+    if foreign or recipe.prompts:
+        raise DataError(
+            f"{folder} is a classifier, which cannot do {foreign[0] if foreign else 'prompts'}.",
+            hint='Ask it for tasks of the kind classify with by = "classifier".',
+        )
+    classifier = load_classifier(folder, dtype=compute.dtype, device=compute.device)
+    return {name: run_classifier(task, classifier) for name, task in tasks.items()}
 
 
 def _by_likelihood(task: Task, model: Decoder, tokenizer: Tokenizer) -> TaskResult | None:

@@ -102,7 +102,8 @@ def assembling(
         model = Decoder(config).to(dtype)
     for module in model.modules():
         if isinstance(module, ExpertWeights):
-            module.to_empty(device=device)
+            for name, blank in list(module.named_parameters()):  # to_empty would load torch's compiler
+                setattr(module, name, nn.Parameter(torch.empty(blank.shape, dtype=blank.dtype, device=device)))
     places = dict(_places(model))
 
     def take(name: str, weight: Tensor) -> int:

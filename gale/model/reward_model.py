@@ -1,14 +1,16 @@
-"""A decoder with one number a token in place of the next token's scores: reward model and critic.
+"""A decoder with one number a token in place of the next token's scores: reward model and critic; or with a few.
 
 The reward of a conversation is the value at its last token (Stiennon et al. 2020, Ouyang et al. 2022); the value at
-every token is what PPO's critic estimates (Schulman et al. 2017). Folders are in Hugging Face layout
-(``Qwen3ForSequenceClassification`` with one label), so transformers and vLLM open them.
+every token is what PPO's critic estimates (Schulman et al. 2017). Of a classifier (:mod:`gale.model.classifier`) each
+label has a number of its own. Folders are in Hugging Face layout (``Qwen3ForSequenceClassification``), so transformers
+and vLLM open them.
 
-Shape suffixes as in :mod:`gale.model.transformer`: N tokens, C hidden size.
+Shape suffixes as in :mod:`gale.model.transformer`: N tokens, C hidden size, L labels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,24 +25,28 @@ from gale.model.config import FAMILIES, ModelConfig
 from gale.model.transformer import Attend, Decoder
 
 _WRITES, _SCORES = "ForCausalLM", "ForSequenceClassification"
+_REWARD = ("reward",)
 
 
 class RewardModel(nn.Module):
-    """``trunk`` reads, ``score`` turns its last hidden state into a number; the trunk's own head is not used."""
+    """``trunk`` reads, ``score`` turns its last hidden state into a number, or into ``labels`` of them.
 
-    def __init__(self, trunk: Decoder) -> None:
+    The trunk's own head is not used.
+    """
+
+    def __init__(self, trunk: Decoder, labels: int = 1) -> None:
         super().__init__()
         assert trunk.config.tied_embeddings, "a head of its own would be weights without a use"
         self.trunk = trunk
         weight = trunk.embed_tokens.weight
-        self.score = nn.Linear(trunk.config.hidden_size, 1, bias=False, dtype=weight.dtype, device=weight.device)
+        self.score = nn.Linear(trunk.config.hidden_size, labels, bias=False, dtype=weight.dtype, device=weight.device)
 
     @classmethod
-    def from_decoder(cls, decoder: Decoder) -> RewardModel:
+    def from_decoder(cls, decoder: Decoder, labels: int = 1) -> RewardModel:
         """A model that scores everything 0, on top of ``decoder``, which is taken over and loses its output head."""
         decoder.config = replace(decoder.config, tied_embeddings=True)
         decoder.retie()
-        model = cls(decoder)
+        model = cls(decoder, labels)
         nn.init.zeros_(model.score.weight)
         return model
 
@@ -50,25 +56,39 @@ class RewardModel(nn.Module):
         return self.trunk.config
 
     def forward(self, ids_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
-        """The value [N] at each token, fp32; arguments as those of :class:`gale.model.transformer.Decoder`."""
+        """The value [N] at each token, or [N, L] of several labels, fp32.
+
+        Arguments are those of :class:`gale.model.transformer.Decoder`.
+        """
         x_NC: Tensor = self.trunk(ids_N, positions_N, attend)
         # In fp32, as rewards are compared with one another: bf16 tells 256 steps between 1 and 2.
         return F.linear(x_NC.float(), self.score.weight.float()).squeeze(-1)
 
 
-def load_reward_model(folder: Path, *, dtype: torch.dtype, device: torch.device | None = None) -> RewardModel:
-    """The reward model of a folder, in evaluation mode. Raises :class:`ModelError`, also for a chat model."""
+def load_reward_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device | None = None, labels: int = 1
+) -> RewardModel:
+    """The reward model of a folder, in evaluation mode.
+
+    Raises :class:`ModelError`, also for a chat model and for one of another number of labels.
+    """
     config = reward_config(folder)
-    score_1C = torch.empty(1, config.hidden_size, dtype=dtype, device=device)
-    model = RewardModel(load_decoder(folder, config, dtype=dtype, device=device, beside={"score.weight": score_1C}))
-    model.score.weight = nn.Parameter(score_1C)
+    score_LC = torch.empty(labels, config.hidden_size, dtype=dtype, device=device)
+    trunk = load_decoder(folder, config, dtype=dtype, device=device, beside={"score.weight": score_LC})
+    model = RewardModel(trunk, labels)
+    model.score.weight = nn.Parameter(score_LC)
     return model.eval()
 
 
 def save_reward_model(
-    model: RewardModel, folder: Path, *, dtype: torch.dtype = torch.bfloat16, pad_token_id: int | None = None
+    model: RewardModel,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    pad_token_id: int | None = None,
+    labels: Sequence[str] = _REWARD,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``.
+    """Write ``config.json`` and ``model.safetensors``. Labels other than a reward are judged each by itself.
 
     Without ``pad_token_id`` transformers refuses batches of several texts, since it looks for the last token that is
     no padding.
@@ -76,10 +96,10 @@ def save_reward_model(
     family = model.config.family
     settings = {
         "architectures": [name.replace(_WRITES, _SCORES) for name, known in FAMILIES.items() if known == family],
-        "num_labels": 1,
-        "id2label": {"0": "reward"},
-        "label2id": {"reward": 0},
-        "problem_type": "regression",
+        "num_labels": len(labels),
+        "id2label": {str(place): label for place, label in enumerate(labels)},
+        "label2id": {label: place for place, label in enumerate(labels)},
+        "problem_type": "regression" if tuple(labels) == _REWARD else "multi_label_classification",
         "pad_token_id": pad_token_id,
     }
     save_model(model.trunk, folder, dtype=dtype, beside={"score.weight": model.score.weight}, settings=settings)

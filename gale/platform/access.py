@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from gale.core.errors import GaleError
 from gale.platform.tables import DEFAULT_ORGANISATION, DEFAULT_PROJECT, FIRST_USER
@@ -41,16 +42,29 @@ class Actor:
 
     @property
     def project(self) -> str:
-        """The tenant. Raises :class:`NotAllowedError` for an administration key, which belongs to none."""
+        """The tenant. Raises :class:`NotAllowedError` for whoever belongs to none, such as an administration key."""
         if self.project_id is None:
+            who = "An administration key" if self.key_id else "An account without a project"
             raise NotAllowedError(
-                "An administration key cannot be used here.", hint="Use a key of the project whose things these are."
+                f"{who} cannot be used here.", hint="Use a key of the project whose things these are."
             )
         return self.project_id
+
+    def may_use(self, model: str) -> bool:
+        """Whether ``model`` is one of those that this key was made for; for others it is as if they did not exist."""
+        return self.models is None or model in self.models
 
 
 # Whoever sits at a machine whose Gale has no accounts.
 LOCAL_OWNER = Actor(DEFAULT_ORGANISATION, DEFAULT_PROJECT, FIRST_USER, None, "owner")
+
+
+def actions_from(names: Iterable[str]) -> list[Action]:
+    """Names of actions, as a key's scopes are given. Raises :class:`GaleError` for another word."""
+    known: tuple[Action, ...] = get_args(Action)
+    if wrong := sorted(set(names).difference(known)):
+        raise GaleError(f"{wrong[0]!r} is no scope.", hint=f"Scopes are {', '.join(known)}.")
+    return [action for action in known if action in set(names)]
 
 
 def authorize(actor: Actor, action: Action) -> None:

@@ -20,7 +20,7 @@ from gale.platform.access import Actor
 from gale.platform.database import Database
 from gale.platform.errors import CursorError, NotFoundError
 from gale.platform.ids import new_id
-from gale.platform.text import storable, title_from
+from gale.platform.text import one_line, storable, title_from
 
 Role = Literal["user", "assistant"]
 Status = Literal["complete", "stopped", "length", "error"]
@@ -117,7 +117,7 @@ class Conversations:
         """Rename a conversation or show another branch. Raises :class:`NotFoundError` for a foreign ``leaf_id``."""
         values: dict[str, str] = {}
         if title is not None:
-            values["title"] = " ".join(storable(title).split())
+            values["title"] = one_line(title)
         if leaf_id is not None:
             values["leaf_id"] = leaf_id
 

@@ -30,6 +30,7 @@ from gale.platform.postgresql_faults import BUSY, Fault, fault_of
 
 CONNECTIONS = 8
 PATIENCE_S = 5.0  # for a connection, for locks of others, and until a conflict or a lost server is given up
+QUEUE_TIMEOUT_S = 30.0  # for this process's own writes that came before
 STATEMENT_TIMEOUT_S = 60.0
 MIGRATION_TIMEOUT_S = 60.0
 
@@ -68,13 +69,11 @@ class PostgresqlDatabase(Database):
 
     async def read(self, work: Callable[[Connection], Result]) -> Result:
         """See :meth:`Database.read`."""
-        deadline = time.monotonic() + PATIENCE_S
-        return await self._thread.run(lambda: self._transact(self._reading, work, deadline))
+        return await self._thread.run(lambda: self._transact(self._reading, work))
 
     async def write(self, work: Callable[[Connection], Result], *, durable: bool = False) -> Result:
         """See :meth:`Database.write`. ``durable`` changes nothing: the server decides, and by default always is."""
-        deadline = time.monotonic() + PATIENCE_S
-        return await self._thread.run(lambda: self._write(work, deadline))
+        return await self._thread.run(lambda: self._write(work))
 
     def close(self) -> None:
         """See :meth:`Database.close`."""
@@ -87,23 +86,23 @@ class PostgresqlDatabase(Database):
     async def _start(self) -> None:
         engine = create_async_engine(self._url, poolclass=NullPool, connect_args=_connect_args(None))
         try:
-            await self._transact(engine, _check_and_migrate, time.monotonic() + PATIENCE_S)
+            await self._transact(engine, _check_and_migrate)
         finally:
             await engine.dispose()
 
-    async def _write(self, work: Callable[[Connection], Result], deadline: float) -> Result:
+    async def _write(self, work: Callable[[Connection], Result]) -> Result:
         try:
-            await asyncio.wait_for(self._write_turn.acquire(), max(0.0, deadline - time.monotonic()))
+            await asyncio.wait_for(self._write_turn.acquire(), QUEUE_TIMEOUT_S)
         except TimeoutError as error:
             raise self._explained(BUSY) from error
         try:
-            return await self._transact(self._writing, work, deadline)
+            return await self._transact(self._writing, work)
         finally:
             self._write_turn.release()
 
-    async def _transact(self, engine: AsyncEngine, work: Callable[[Connection], Result], deadline: float) -> Result:
-        """Run and commit ``work``, again where it certainly left nothing behind and ``deadline`` is not reached."""
-        pause = 0.002
+    async def _transact(self, engine: AsyncEngine, work: Callable[[Connection], Result]) -> Result:
+        """Run and commit ``work``, again where it certainly left nothing behind and patience is not at its end."""
+        deadline, pause = time.monotonic() + PATIENCE_S, 0.002
         while True:
             connected = confirming = False
             try:

@@ -20,13 +20,18 @@ def storable(text: str) -> str:
     return _REFUSED.sub("\ufffd", text)
 
 
+def one_line(text: str) -> str:
+    """``text`` as a name: storable, and every run of white space one space."""
+    return " ".join(storable(text).split())
+
+
 def title_from(text: str, length: int = TITLE_LENGTH) -> str:
     """``text`` on one line, cut to at most ``length`` characters plus an ellipsis.
 
     The cut falls between words where the text has spaces. Chinese and Japanese have none, and a single long word
     (a URL) would leave nothing, so otherwise it falls between characters, never inside a composed one.
     """
-    line = " ".join(storable(text).split())
+    line = one_line(text)
     if len(line) <= length:
         return line
     end = length

@@ -14,6 +14,8 @@ from gale.core.settings import settings
 log = structlog.get_logger()
 
 BUILTIN = Path(__file__).parent / "builtin" / "gale-0"
+# A classifier, which answers nothing: found by its name, but no model to choose from.
+MODERATION = BUILTIN.parent / "gale-moderation"
 
 
 def resolve_model(name_or_path: str | None) -> Path:
@@ -30,8 +32,9 @@ def resolve_model(name_or_path: str | None) -> Path:
     if path.is_file():
         return _unpacked(files.resolve(path))
     named = settings().home / "models"
-    if name_or_path == BUILTIN.name:
-        return BUILTIN
+    for built_in in (BUILTIN, MODERATION):
+        if name_or_path == built_in.name:
+            return built_in
     if Path(name_or_path).name == name_or_path and (named / name_or_path).is_dir():
         return named / name_or_path
     raise ModelError(

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from gale.engine.request import Engine, Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta, Usage
 from gale.platform.ids import new_id
 from gale.server.anthropic_schema import CountRequest, MessagesRequest
+from gale.server.caller import engine_of
 from gale.server.disconnect import while_wanted
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
@@ -34,21 +35,23 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
     @router.post("", response_model=None, openapi_extra=request_schema(MessagesRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, MessagesRequest)
-        asked = await asyncio.to_thread(_asked, engine, body)
+        metered = engine_of(request, engine)
+        asked = await asyncio.to_thread(_asked, metered, body)
         if body.stream:
             return EventStream(
-                _stream(engine, asked),
+                _stream(metered, asked),
                 lifecycle,
                 error_name="error",
                 error_body=lambda error: error.anthropic_body,
                 limits=limits,
             )
-        return JSONResponse(await while_wanted(request.receive, lifecycle, _whole(engine, asked)))
+        return JSONResponse(await while_wanted(request.receive, lifecycle, _whole(metered, asked)))
 
     @router.post("/count_tokens", openapi_extra=request_schema(CountRequest))
     async def count(request: Request) -> dict[str, int]:
         body = await read_json(request, CountRequest)
-        asked = await asyncio.to_thread(lambda: to_engine(body.chat(), engine))
+        metered = engine_of(request, engine)
+        asked = await asyncio.to_thread(lambda: to_engine(body.chat(), metered))
         return {"input_tokens": await asyncio.to_thread(engine.count_prompt_tokens, asked.messages, asked.tools)}
 
     return router

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Send
 
 from gale.server.errors import ApiError
@@ -32,7 +32,7 @@ class LimitedBody:
         self._limit = limit
         self._received = 0
         self._complete = False
-        self._too_large = False
+        self._expected = False
         self._began = time.monotonic()
 
     def check_length(self, headers: Headers) -> None:
@@ -40,6 +40,8 @@ class LimitedBody:
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             raise ApiError(400, "The header Content-Length is not a number.", code="invalid_request")
+        # Whoever asks first whether to send the body (RFC 9110, section 10.1.1) sends none after a refusal.
+        self._expected = (length != "0" or "transfer-encoding" in headers) and "expect" not in headers
         if len(length) > 19 or int(length) > self._limit.size:
             raise self._refusal()
 
@@ -58,14 +60,18 @@ class LimitedBody:
         if message["type"] != "http.request":
             return message
         self._received += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
         if self._received > self._limit.size:
             raise self._refusal()
-        self._complete = not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass a message on; before the end of a refusal, take the rest of what the client is still sending."""
-        if self._too_large and message["type"] == "http.response.body" and not message.get("more_body", False):
+        """Pass a message on. An answer that does not wait for the whole body ends the connection; before its end, what
+        the client is still sending is taken."""
+        ended = self._complete or not self._expected
+        if message["type"] == "http.response.start" and not ended:
+            MutableHeaders(scope=message)["connection"] = "close"
+        if message["type"] == "http.response.body" and not message.get("more_body", False) and not ended:
             await self._send({**message, "more_body": True})
             await self._linger()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
@@ -85,7 +91,6 @@ class LimitedBody:
             return
 
     def _refusal(self) -> ApiError:
-        self._too_large = True
         megabytes = self._limit.size // (1024 * 1024)
         return ApiError(
             413,

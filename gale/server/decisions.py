@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, Field
 
 from gale.engine.request import ContextLengthError, PromptError, Reader
+from gale.server.caller import engine_of
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, invalid, too_long
 from gale.server.field_checks import Parameters
@@ -50,15 +51,16 @@ def routes(engine: Reader, lifecycle: Lifecycle) -> APIRouter:
     @router.post("/v1/decisions", response_model=None, openapi_extra=request_schema(DecisionRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, DecisionRequest)
-        adapter = require_model(engine, body.model)
+        metered = engine_of(request, engine)
+        adapter = require_model(metered, body.model)
         if (body.messages is None) == (body.prompt is None):
             raise invalid("prompt", "give either it or 'messages'")
         if len(set(body.labels)) < len(body.labels):
             raise invalid("labels", "no two of them may be equal")
         param = "prompt" if body.messages is None else "messages"
         try:
-            prompt = await asyncio.to_thread(_prompt, engine, body, adapter)
-            work = engine.decide(prompt, body.labels, adapter=adapter)
+            prompt = await asyncio.to_thread(_prompt, metered, body, adapter)
+            work = metered.decide(prompt, body.labels, adapter=adapter)
             decision = await while_wanted(request.receive, lifecycle, work)
         except ContextLengthError as error:
             raise too_long(error, param) from error

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gale.server.body_limit import BodyLimit, LimitedBody
-from gale.server.errors import ApiError, internal_error
+from gale.server.errors import AccessEndedError, ApiError, internal_error
 from gale.server.lifecycle import Lifecycle
 
 log = structlog.get_logger("gale.server")
@@ -25,19 +25,30 @@ CONTENT_SECURITY_POLICY = (
     "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_FILES = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 _HEALTH = ("/healthz", "/readyz")
 _CLOSE = {"connection": "close"}
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeLimits:
-    """What one request may weigh, and how many may be in progress."""
+    """What one request may weigh, and how many may be in progress.
+
+    ``file_body_bytes`` are for forms that bring a file, which goes to the disk as it comes.
+    """
 
     target_bytes: int = 8 * 1024
     header_bytes: int = 32 * 1024
     header_count: int = 100
     requests: int = 512
     body: BodyLimit = field(default_factory=BodyLimit)
+    file_body_bytes: int = 513 * 1024 * 1024
+
+    def body_of(self, scope: Scope) -> BodyLimit:
+        """The limits for the body of one request."""
+        if scope["method"] == "POST" and _FILES.fullmatch(scope["path"]):
+            return replace(self.body, size=self.file_body_bytes)
+        return self.body
 
 
 class Edge:
@@ -59,12 +70,15 @@ class Edge:
             return
         headers = Headers(scope=scope)
         exchange = _Exchange(scope, _request_id(headers), send)
-        body = LimitedBody(receive, exchange.send, self._limits.body)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        body = LimitedBody(receive, exchange.send, self._limits.body_of(scope))
         self._in_progress += 1
         try:
             self._check(scope, headers)
             body.check_length(headers)
             await self._app(scope, body.receive, body.send)
+        except AccessEndedError:
+            log.info("answer cut short", reason="access ended", request_id=exchange.request_id)
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("request failed", request_id=exchange.request_id)

@@ -7,6 +7,7 @@ They retry 408, 409, 429 and every 5xx twice, so a fault of the request must nev
 from __future__ import annotations
 
 import http
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,16 @@ from gale.engine.request import (
     UnknownAdapterError,
 )
 from gale.platform.access import NotAllowedError
-from gale.platform.errors import ConflictError, CursorError, NotFoundError
+from gale.platform.budgets import BudgetSpentError
+from gale.platform.errors import (
+    ConflictError,
+    CursorError,
+    FileTooLargeError,
+    NoSpaceError,
+    NotFoundError,
+    StorageQuotaError,
+)
+from gale.platform.limits import LimitExceededError
 from gale.server.not_offered import instead_of
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
@@ -67,14 +77,21 @@ class ApiError(Exception):
 
     def response(self, path: str = "") -> JSONResponse:
         """The answer as HTTP, in the shape of the API that ``path`` belongs to."""
-        body = self.anthropic_body if path.startswith("/v1/messages") else self.body
-        return JSONResponse(body, self.status, headers=self.headers)
+        return JSONResponse(self.body_for(path), self.status, headers=self.headers)
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The error as the clients of the API at ``path`` read it."""
+        return self.anthropic_body if path.startswith("/v1/messages") else self.body
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
         """The error as Anthropic's clients read it."""
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.body["error"]["message"]}}
+
+
+class AccessEndedError(Exception):
+    """The caller lost their access while they were being answered; whoever streams was told."""
 
 
 def invalid(param: str, reason: str) -> ApiError:
@@ -99,12 +116,29 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, error.message, code="engine_failed", headers={"Retry-After": "2"})
         case NotAllowedError():
             return ApiError(403, error.message, code="permission_denied", type="permission_error")
+        case LimitExceededError():
+            return _limited(error)
+        case BudgetSpentError():
+            return ApiError(
+                429,
+                error.message,
+                code="insufficient_quota",
+                type="insufficient_quota",
+                headers={"x-should-retry": "false"},
+            )
         case NotFoundError():
             return ApiError(404, error.message, code="not_found")
-        case ConflictError():
-            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
         case CursorError():
-            return ApiError(400, error.message, code="invalid_value", param="cursor")
+            return ApiError(400, error.message, code="invalid_value", param=error.param)
+        case ConflictError():
+            # OpenAI's clients ask again after a 409, which would meet the same state.
+            return ApiError(409, error.message, code="conflict", headers={"x-should-retry": "false"})
+        case FileTooLargeError():
+            return ApiError(413, error.message, code="file_too_large", param="file")
+        case StorageQuotaError():
+            return ApiError(413, error.message, code="storage_quota_exceeded", param="file")
+        case NoSpaceError():
+            return ApiError(507, error.message, code="no_space", headers={"x-should-retry": "false"})
         case StoreError():
             return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
         case GaleError():
@@ -131,6 +165,14 @@ def too_long(error: ContextLengthError, param: str) -> ApiError:
         code="context_length_exceeded",
         param=param,
     )
+
+
+def _limited(error: LimitExceededError) -> ApiError:
+    """Clients wait as long as they are told to; what can never pass they are told not to send again."""
+    headers = {"x-should-retry": "false"}
+    if error.wait_s is not None:
+        headers = {"retry-after": str(math.ceil(error.wait_s)), "retry-after-ms": str(math.ceil(error.wait_s * 1000))}
+    return ApiError(429, error.message, code="rate_limit_exceeded", type=error.measure, headers=headers)
 
 
 def internal_error() -> ApiError:

@@ -21,23 +21,12 @@ import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from gale.server.errors import ApiError
+from gale.server.origins import Origins, foreign_page
 
-
-class LocalGuard:
-    """ASGI middleware that answers 403 to foreign hosts and foreign pages."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request or refuse it."""
-        if scope["type"] == "http" and (refusal := _refusal(scope)) is not None:
-            await refusal.response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+_OF_PROXIES = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
 def is_loopback(host: str) -> bool:
@@ -50,19 +39,34 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _refusal(scope: Scope) -> ApiError | None:
+def check(scope: Scope, origins: Origins) -> None:
+    """Raises :class:`ApiError` 403 for foreign hosts, foreign pages and other machines."""
     headers = Headers(scope=scope)
     # More than one Host is not HTTP; the first and the last might name different sites.
     hosts = headers.getlist("host")
-    if len(hosts) != 1 or not is_loopback(_host_name(hosts[0])):
-        return _forbidden("This Gale is for this machine only; open it as http://localhost or http://127.0.0.1.")
+    client = scope.get("client")
+    if len(hosts) != 1 or not is_loopback(_host_name(hosts[0])) or (client and not is_loopback(client[0])):
+        raise foreign_page("This Gale is for this machine only; open it as http://localhost or http://127.0.0.1.")
     origin = headers.get("origin")
+    if origin is not None and origin.lower() in origins.allowed:
+        return
     if origin is not None and origin.lower() != f"{scope['scheme']}://{hosts[0].lower()}":
-        return _forbidden("Web pages of other sites may not use this Gale.")
+        raise foreign_page()
     site = headers.get("sec-fetch-site", "none")
     if site not in ("none", "same-origin") and not _follows_link(scope, headers):
-        return _forbidden("Web pages of other sites may not use this Gale.")
-    return None
+        raise foreign_page()
+
+
+def asks_from_here(scope: Scope) -> bool:
+    """Whether a program on this machine asks, and neither a page nor a proxy on it that asks for somebody else."""
+    headers = Headers(scope=scope)
+    if scope.get("client") is None or any(name in headers for name in _OF_PROXIES):
+        return False
+    try:
+        check(scope, Origins())
+    except ApiError:
+        return False
+    return True
 
 
 def _follows_link(scope: Scope, headers: Headers) -> bool:
@@ -80,7 +84,3 @@ def _host_name(host: str) -> str:
         return (parts.hostname or "") if parts.netloc == host and "@" not in host else ""
     except ValueError:
         return ""
-
-
-def _forbidden(message: str) -> ApiError:
-    return ApiError(403, message, code="forbidden_origin", type="permission_error")

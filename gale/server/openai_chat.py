@@ -23,6 +23,7 @@ from gale.engine.request import (
     ToolCallDelta,
     Usage,
 )
+from gale.server.caller import engine_of
 from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError
@@ -43,11 +44,12 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
     @router.post("/v1/chat/completions", response_model=None, openapi_extra=request_schema(ChatRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, ChatRequest)
-        asked = to_engine(body, engine)
+        metered = engine_of(request, engine)
+        asked = to_engine(body, metered)
         if body.stream:
-            chunks = _stream(engine, asked, include_usage=body.include_usage)
+            chunks = _stream(metered, asked, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
-        work = _whole(engine, asked)
+        work = _whole(metered, asked)
         return await json_response(await while_wanted(request.receive, lifecycle, work))
 
     return router

@@ -27,6 +27,7 @@ from gale.engine.request import (
     TextDelta,
     Usage,
 )
+from gale.server.caller import engine_of
 from gale.server.choices import merged
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, invalid
@@ -79,7 +80,8 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
     @router.post("/v1/completions", response_model=None, openapi_extra=request_schema(CompletionRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, CompletionRequest)
-        jobs = await asyncio.to_thread(_jobs, body, engine)
+        metered = engine_of(request, engine)
+        jobs = await asyncio.to_thread(_jobs, body, metered)
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -87,9 +89,9 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
             "model": body.model,
         }
         if body.stream:
-            chunks = _stream(engine, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
+            chunks = _stream(metered, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
-        work = _whole(engine, jobs, head, copies=body.n or 1)
+        work = _whole(metered, jobs, head, copies=body.n or 1)
         return await json_response(await while_wanted(request.receive, lifecycle, work))
 
     return router

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from pydantic import BeforeValidator, Field
 
 from gale.engine.request import ContextLengthError, Embeddings, Pooling, PromptError, Reader
+from gale.server.caller import engine_of
 from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, invalid, too_long
 from gale.server.field_checks import Parameters, Refused
@@ -65,11 +66,12 @@ def routes(engine: Reader, lifecycle: Lifecycle) -> APIRouter:
     @router.post("/v1/embeddings", response_model=None, openapi_extra=request_schema(EmbeddingRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, EmbeddingRequest)
-        adapter = require_model(engine, body.model)
+        metered = engine_of(request, engine)
+        adapter = require_model(metered, body.model)
         if body.dimensions is not None and body.dimensions > engine.embedding_size:
             raise invalid("dimensions", f"this model's vectors have {engine.embedding_size}")
-        texts = await asyncio.to_thread(_tokens, engine, body.input)
-        work = engine.embed(
+        texts = await asyncio.to_thread(_tokens, metered, body.input)
+        work = metered.embed(
             texts,
             pooling=body.pooling,
             normalise=body.normalize is not False,

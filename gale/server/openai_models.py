@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from gale.engine.request import Engine
+from gale.platform.metered_engine import MeteredEngine
+from gale.server.caller import engine_of
 from gale.server.errors import ApiError
 
 
@@ -27,25 +29,28 @@ def routes(engine: Engine) -> APIRouter:
         return model if name == engine.model_id else {**model, "parent": engine.model_id}
 
     @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe(name) for name in (engine.model_id, *engine.adapters)]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [describe(name) for name in names_of(engine_of(request, engine))]}
 
     # A path, because names such as "Qwen/Qwen3-0.6B" have slashes.
     @router.get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> dict[str, Any]:
-        require_model(engine, model_id)
+    async def get_model(model_id: str, request: Request) -> dict[str, Any]:
+        require_model(engine_of(request, engine), model_id)
         return describe(model_id)
 
     return router
 
 
+def names_of(engine: Engine) -> tuple[str, ...]:
+    """The models that can be asked for: of a caller's engine those that they may use."""
+    return engine.names if isinstance(engine, MeteredEngine) else (engine.model_id, *engine.adapters)
+
+
 def require_model(engine: Engine, model_id: str) -> str | None:
     """The adapter that ``model_id`` names, None for the model itself. Raises :class:`ApiError` 404 for another name."""
-    if model_id == engine.model_id:
-        return None
-    if model_id in (names := engine.adapters):
-        return model_id
-    served = ", ".join(f"`{name}`" for name in (engine.model_id, *names))
+    if model_id in (names := names_of(engine)):
+        return None if model_id == engine.model_id else model_id
+    served = ", ".join(f"`{name}`" for name in names) or "none for you"
     raise ApiError(
         404,
         f"The model `{model_id[:200]}` does not exist. This server has {served}.",

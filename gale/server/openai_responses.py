@@ -21,7 +21,7 @@ from gale.engine.request import Engine, Finished, TokenScore, Usage
 from gale.platform.ids import new_id
 from gale.platform.responses import KeptResponse, Responses, tidy
 from gale.platform.store import Store
-from gale.server.caller import actor_of
+from gale.server.caller import actor_of, engine_of
 from gale.server.disconnect import cancel, while_wanted
 from gale.server.errors import ApiError, as_api_error
 from gale.server.json_body import read_json, request_schema
@@ -50,9 +50,10 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
     @router.post("", response_model=None, openapi_extra=request_schema(ResponseRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, ResponseRequest)
-        asked, kept = await _asked(engine, store, request, body)
+        metered = engine_of(request, engine)
+        asked, kept = await _asked(metered, store, request, body)
         responses = None if body.store is False else store.responses(actor_of(request))
-        answering = _Answering(engine, asked, kept, responses)
+        answering = _Answering(metered, asked, kept, responses)
         if body.stream:
             return EventStream(
                 _stream(answering), lifecycle, error_name="error", error_body=_error_event, limits=limits
@@ -68,7 +69,7 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
     @router.post("/input_tokens", openapi_extra=request_schema(ResponseRequest))
     async def count(request: Request) -> dict[str, Any]:
         body = await read_json(request, ResponseRequest)
-        asked, _ = await _asked(engine, store, request, body)
+        asked, _ = await _asked(engine_of(request, engine), store, request, body)
         tokens = await asyncio.to_thread(engine.count_prompt_tokens, asked.messages, asked.tools)
         return {"object": "response.input_tokens", "input_tokens": tokens}
 

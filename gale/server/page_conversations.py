@@ -10,7 +10,7 @@ from gale import __version__
 from gale.engine.request import Engine
 from gale.platform.conversations import Conversations
 from gale.platform.store import Store
-from gale.server.caller import actor_of
+from gale.server.caller import actor_of, is_signed_in
 from gale.server.json_body import read_json, request_schema
 from gale.server.page_schema import ConversationChange, NewConversation, conversation_json, message_json
 
@@ -23,9 +23,9 @@ def routes(engine: Engine, store: Store) -> APIRouter:
         return store.conversations(actor_of(request))
 
     @router.get("/info")
-    async def info() -> dict[str, Any]:
+    async def info(request: Request) -> dict[str, Any]:
         model = {"id": engine.model_id, "context_length": engine.context_length}
-        return {"name": "Gale", "version": __version__, "model": model}
+        return {"name": "Gale", "version": __version__, "model": model, "signed_in": is_signed_in(request)}
 
     @router.get("/conversations")
     async def page(

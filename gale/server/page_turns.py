@@ -16,7 +16,7 @@ from gale.assistant.turn import answer, fit
 from gale.engine.request import Engine, EngineFailedError, Finished, TextDelta
 from gale.platform.conversations import Conversations, Status, StoredMessage, Turn
 from gale.platform.store import Store
-from gale.server.caller import actor_of
+from gale.server.caller import actor_of, engine_of
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
 from gale.server.lifecycle import Lifecycle
@@ -50,7 +50,9 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
             turn = await conversations.ask(
                 conversation_id, body.content or "", model=engine.model_id, parent_id=parent_id
             )
-        return EventStream(_events(engine, conversations, turn), lifecycle, error_name="error", limits=limits)
+        return EventStream(
+            _events(engine_of(request, engine), conversations, turn), lifecycle, error_name="error", limits=limits
+        )
 
     return router
 

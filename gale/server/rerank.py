@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from gale.assistant.rerank import PROMPT, DocumentLengthError, Method, rerank
 from gale.engine.request import Reader
+from gale.server.caller import engine_of
 from gale.server.disconnect import while_wanted
 from gale.server.errors import invalid, too_long
 from gale.server.field_checks import Parameters, Refused
@@ -67,11 +68,12 @@ def routes(engine: Reader, lifecycle: Lifecycle) -> APIRouter:
     @router.post("/v1/rerank", response_model=None, openapi_extra=request_schema(RerankRequest))
     async def create(request: Request) -> Response:
         body = await read_json(request, RerankRequest)
-        adapter = require_model(engine, body.model)
+        metered = engine_of(request, engine)
+        adapter = require_model(metered, body.model)
         prompt = PROMPT if body.prompt is None else body.prompt
         if "{query}" not in prompt or "{document}" not in prompt:
             raise invalid("prompt", "it must have the places {query} and {document}")
-        work = rerank(engine, body.query, body.documents, method=body.method or "yes", prompt=prompt, adapter=adapter)
+        work = rerank(metered, body.query, body.documents, method=body.method or "yes", prompt=prompt, adapter=adapter)
         try:
             ranking = await while_wanted(request.receive, lifecycle, work)
         except DocumentLengthError as error:

@@ -25,16 +25,17 @@ from gale.server.local_guard import is_loopback
 STOP_TIMEOUT_S = 5
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, accounts: bool = False) -> socket.socket:
     """A socket that listens on ``host``; port 0 lets the system choose.
 
     Done before the model is loaded, so that a port in use is known at once; clients that are early wait. Raises
-    :class:`GaleError` for an address that is in use, not allowed, not of this machine or not loopback.
+    :class:`GaleError` for an address that is in use, not allowed or not of this machine, and without ``accounts`` for
+    one that others reach.
     """
-    if not is_loopback(host):
+    if not accounts and not is_loopback(host):
         raise GaleError(
             f"Gale does not serve on {host}: everybody who reaches that address could use it, as it has no keys yet.",
-            hint="Serve on 127.0.0.1 (the default), and let others in through an SSH tunnel.",
+            hint="Make an owner and a key first with `gale admin init`, or serve on 127.0.0.1 (the default).",
         )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -30,8 +30,10 @@ class _HashedFiles(StaticFiles):
         return response
 
 
-def install(app: FastAPI, folder: Path | None) -> None:
+def install(app: FastAPI, folder: Path | None) -> list[str]:
     """Serve ``folder`` at ``/`` and ``/c/{id}``; where it is missing, a page that says how to build it.
+
+    Returns the paths of the files that stand beside the page.
 
     Only files that are there now are served, each at its own path; nothing is made into a path but the name below
     ``/assets``, which StaticFiles keeps inside its folder.
@@ -47,12 +49,13 @@ def install(app: FastAPI, folder: Path | None) -> None:
     app.add_route("/", page, include_in_schema=False)
     app.add_route("/c/{conversation_id}", page, include_in_schema=False)
     if folder is None or not folder.is_dir():
-        return
-    for file in folder.iterdir():
-        if file.is_file() and file.name != "index.html":
-            app.add_route(f"/{file.name}", _serve(file), include_in_schema=False)
+        return []
+    beside = [file for file in folder.iterdir() if file.is_file() and file.name != "index.html"]
+    for file in beside:
+        app.add_route(f"/{file.name}", _serve(file), include_in_schema=False)
     if (folder / "assets").is_dir():
         app.mount("/assets", _HashedFiles(directory=folder / "assets"))
+    return [f"/{file.name}" for file in beside]
 
 
 def _serve(file: Path) -> Callable[[Request], Awaitable[Response]]:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from gale.engine.request import Engine
+from gale.server.caller import engine_of
 from gale.server.errors import ApiError
 from gale.server.field_checks import INT64, Parameters, Refused, at_most
 from gale.server.json_body import read_json, request_schema
@@ -54,7 +55,7 @@ def routes(engine: Engine) -> APIRouter:
     @router.post("/tokenize", openapi_extra=request_schema(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await read_json(request, TokenizeRequest)
-        require_model(engine, engine.model_id if body.model is None else body.model)
+        require_model(engine_of(request, engine), engine.model_id if body.model is None else body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "Give one of 'prompt' and 'messages'.", code="invalid_value", param="prompt")
         if body.messages is not None:
@@ -66,7 +67,7 @@ def routes(engine: Engine) -> APIRouter:
     @router.post("/detokenize", openapi_extra=request_schema(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, str]:
         body = await read_json(request, DetokenizeRequest)
-        require_model(engine, engine.model_id if body.model is None else body.model)
+        require_model(engine_of(request, engine), engine.model_id if body.model is None else body.model)
         return {"prompt": await asyncio.to_thread(text_of, engine, body.tokens)}
 
     return router

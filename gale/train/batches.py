@@ -10,7 +10,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,63 @@ class Batch:
     def trained_tokens(self) -> int:
         """How many of the N predictions count in the loss."""
         return int((self.targets_N != IGNORED).sum())
+
+
+class Rows(Protocol):
+    """What an objective reads: rows by their numbers in the endless sequence of epochs."""
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """Rows ``first_row`` to ``first_row + rows``."""
+
+    def describe(self, first_row: int, rows: int) -> str:
+        """Which documents stand in these rows."""
+
+    def rows_of_epoch(self, epoch: int) -> int:
+        """Number of rows in one pass over the split."""
+
+
+class WholeRows:
+    """Rows that are a document each, of whatever length, with the loss on the tokens that the shards mark.
+
+    For few and short examples, of which a person wants to say how many make a step. Raises :class:`DataError` for a
+    split with nothing to train on.
+    """
+
+    def __init__(self, split: TokenSplit, *, seed: int) -> None:
+        self._split, self._seed = split, seed
+        if not any(split.document(index)[1][1:].any() for index in range(len(split))):
+            raise DataError(f"No document of the split {split.name!r} has a token to train on.")
+
+    def batch(self, first_row: int, rows: int) -> Batch:
+        """See :meth:`Rows.batch`."""
+        ids, targets, lengths = [], [], []
+        for row in range(first_row, first_row + rows):
+            tokens, trained = self._split.document(self._place(row))
+            following = np.append(tokens[1:].astype(np.int64), IGNORED)
+            following[:-1][~trained[1:]] = IGNORED
+            ids.append(tokens.astype(np.int64))
+            targets.append(following)
+            lengths.append(len(tokens))
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        ids_N, targets_N = torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(targets))
+        return Batch(ids_N, targets_N, torch.from_numpy(positions), lengths)
+
+    def describe(self, first_row: int, rows: int) -> str:
+        """See :meth:`Rows.describe`; documents are numbered from 0, as the lines they were made from are from 1."""
+        places = dict.fromkeys(self._place(row) for row in range(first_row, first_row + rows))
+        return ", ".join(self._split.name_of(place) for place in places)
+
+    def rows_of_epoch(self, epoch: int) -> int:
+        """See :meth:`Rows.rows_of_epoch`."""
+        return len(self._split)
+
+    def _place(self, row: int) -> int:
+        epoch, index = divmod(row, len(self._split))
+        return int(self._order(epoch)[index])
+
+    @lru_cache(maxsize=2)  # noqa: B019 (one object lives as long as the run)
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._split))
 
 
 class PackedRows:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gale.core.errors import DataError
 from gale.data.shards import TokenSplit, read_manifest
 from gale.model.transformer import Decoder
-from gale.train.batches import PackedRows
+from gale.train.batches import PackedRows, Rows, WholeRows
 from gale.train.losses import trained_logprobs, with_router_losses
 from gale.train.parallel import World
 from gale.train.recipe import StageRecipe
@@ -26,8 +26,8 @@ class NextToken(Objective[Decoder]):
     that is logged stays the cross-entropy. How even a router is depends on what it sees: one micro-batch at a time.
     """
 
-    training: PackedRows
-    held_out: dict[str, PackedRows]
+    training: Rows
+    held_out: dict[str, Rows]
     evaluate_rows: int
     micro_rows: int
 
@@ -47,7 +47,7 @@ class NextToken(Objective[Decoder]):
         """Mean loss in nats per trained token over the first ``evaluate_rows`` rows of each held-out split."""
         return {name: self._mean_loss(model, rows, world) for name, rows in self.held_out.items()}
 
-    def _mean_loss(self, model: Decoder, rows: PackedRows, world: World) -> float:
+    def _mean_loss(self, model: Decoder, rows: Rows, world: World) -> float:
         end, stride = min(self.evaluate_rows, rows.rows_of_epoch(0)), self.micro_rows * world.size
         total, trained = 0.0, 0
         for base in range(0, end, stride):
@@ -63,17 +63,27 @@ class NextToken(Objective[Decoder]):
 
 
 def next_token(
-    recipe: StageRecipe, data: Path, *, loss_on: Literal["all", "trained"], long: Literal["split", "cut"]
+    recipe: StageRecipe,
+    data: Path,
+    *,
+    loss_on: Literal["all", "trained"],
+    long: Literal["split", "cut"],
+    packed: bool = True,
 ) -> NextToken:
-    """The objective over prepared data: its split ``train`` is trained on, all others are held out."""
+    """The objective over prepared data: its split ``train`` is trained on, all others are held out.
 
-    def rows(name: str) -> PackedRows:
+    Unless ``packed``, a row is one document with the loss on what is trained of it.
+    """
+
+    def rows(name: str) -> Rows:
         split = TokenSplit(data, name)
         if split.pairs:
             raise DataError(
                 f"The split {name!r} of {data} holds preferences, half of whose answers are the worse ones.",
                 hint="Train on them with `gale train reward` or `gale train dpo`.",
             )
+        if not packed:
+            return WholeRows(split, seed=recipe.seed)
         return PackedRows(split, row_tokens=recipe.row_tokens, seed=recipe.seed, loss_on=loss_on, long=long)
 
     held_out = {name: rows(name) for name in read_manifest(data)["splits"] if name != "train"}

@@ -200,6 +200,25 @@ class RewardRecipe(PreferenceRecipe):
         return self
 
 
+class ClassifierRecipe(TuningRecipe):
+    """``gale train classifier``: a model that gives texts labels, each by itself."""
+
+    data: Path = Field(description="A file (.toml) that names sources of labelled texts; see gale.train.labelled.")
+    row_tokens: int = Field(ge=1, description="Longest text; of a longer one the beginning is read.")
+    batch_rows: int = Field(ge=1, description="Texts in one optimiser step.")
+    micro_rows: int = Field(ge=1, description="Texts computed at once; the rest is accumulated.")
+    optimiser: RewardOptimiser
+    evaluate_rows: int = Field(default=1000, ge=1, description="Rows of the validation part that are judged.")
+
+    @model_validator(mode="after")
+    def _trains_all_and_writes_nothing(self) -> ClassifierRecipe:
+        if self.sample_every:
+            raise ValueError("a classifier writes nothing: leave out sample_every")
+        if self.lora is not None:
+            raise ValueError("a classifier is trained whole, with its head: leave out lora")
+        return self
+
+
 class DpoRecipe(PreferenceRecipe):
     """``gale train dpo``: a chat model that prefers what people preferred (Rafailov et al. 2023)."""
 

@@ -12,8 +12,8 @@ from gale.train.recipe import SftRecipe
 from gale.train.tuning import tuned_decoder
 
 
-def sft(recipe: SftRecipe, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Fine-tune ``recipe.base``; see :func:`gale.train.loop.run`."""
+def sft(recipe: SftRecipe, out: Path, *, resume: bool = False, packed: bool = True) -> dict[str, Any]:
+    """Fine-tune ``recipe.base``; see :func:`gale.train.loop.run`. Unless ``packed``, a row is one conversation."""
     data = ready_data(recipe.data)
-    objective = next_token(recipe, data, loss_on="trained", long="cut")
+    objective = next_token(recipe, data, loss_on="trained", long="cut", packed=packed)
     return run(tuned_decoder("sft", recipe, data, objective), out, resume=resume)

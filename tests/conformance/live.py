@@ -15,7 +15,7 @@ from tests.conformance import scenario
 from tests.conformance.checker import Checker
 from tests.conformance.parameters import Parameters, probe
 from tests.server.live import start
-from tests.tiny_model import make_model, make_tokenizer
+from tests.tiny_model import make_model, make_tokenizer, save_folder
 
 MODEL = "tiny"
 
@@ -24,9 +24,10 @@ MODEL = "tiny"
 def compared(folder: Path) -> Iterator[tuple[Checker, dict[str, Parameters]]]:
     """Everything that was found; the server keeps its things in ``folder`` and ends with the context."""
     tokenizer = make_tokenizer()
-    engine = LocalEngine(make_model(tokenizer), tokenizer, model_id=MODEL)
-    store = Store.open(f"sqlite:///{folder / 'gale.db'}")
-    server = start(store, engine=engine)
+    model = save_folder(tokenizer, folder / MODEL)  # what fine-tuning begins with
+    engine = LocalEngine(make_model(tokenizer), tokenizer, model_id=MODEL, folder=model)
+    store = Store.open(f"sqlite:///{folder / 'gale.db'}", files=folder / "files")
+    server = start(store, engine=engine, home=folder)
     try:
         with httpx2.Client(base_url=server.url, timeout=60) as http:
             checker = Checker(http)

@@ -6,6 +6,7 @@ Answers are wanted for their shape alone, so a tiny model with random weights gi
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ QUESTION = [{"role": "user", "content": "Where does the river go?"}]
 
 def run(checker: Checker, model: str) -> None:
     """Make all the calls."""
-    for part in (models, chat, completions, vectors, responses, conversations):
+    for part in PARTS:
         part(checker, model)
 
 
@@ -67,6 +68,12 @@ def vectors(checker: Checker, model: str) -> None:
         checker.call("post /embeddings", json={"model": model, "input": "The wind", **kind})
     packed = {"model": model, "input": "The wind", "encoding_format": "base64"}
     checker.call("post /embeddings", json=packed, departure=_packed_vectors)
+
+
+def moderations(checker: Checker, model: str) -> None:
+    parts = [{"type": "text", "text": "The wind"}, {"type": "text", "text": "came"}]
+    for given in ("The wind", ["a", "b"], parts):
+        checker.call("post /moderations", json={"model": "omni-moderation-latest", "input": given})
 
 
 def _unscored_first_token(answer: Any) -> None:
@@ -120,3 +127,102 @@ def conversations(checker: Checker, model: str) -> None:
     checker.call("get /conversations/{conversation_id}/items/{item_id}", params=item)
     checker.call("delete /conversations/{conversation_id}/items/{item_id}", params=item)
     checker.call("delete /conversations/{conversation_id}", params=one)
+
+
+def files(checker: Checker, model: str) -> None:
+    one = {"file_id": upload(checker, [{"custom_id": "1"}], "user_data")}
+    checker.call("get /files")
+    checker.call("get /files/{file_id}", params=one)
+    checker.call("get /files/{file_id}/content", params=one)
+    checker.call("delete /files/{file_id}", params=one)
+
+
+def uploads(checker: Checker, model: str) -> None:
+    about = {"filename": "a.jsonl", "purpose": "user_data", "bytes": 4, "mime_type": "text/jsonl"}
+    one = {"upload_id": checker.call("post /uploads", json=about)["id"]}
+    part = checker.call("post /uploads/{upload_id}/parts", params=one, files={"data": ("part", b"{}\n\n")})
+    checker.call("post /uploads/{upload_id}/complete", params=one, json={"part_ids": [part["id"]]})
+    other = {"upload_id": checker.call("post /uploads", json=about)["id"]}
+    checker.call("post /uploads/{upload_id}/cancel", params=other)
+
+
+def batches(checker: Checker, model: str) -> None:
+    body = {"model": model, "messages": QUESTION, "max_tokens": 2}
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    asked = {"input_file_id": upload(checker, [line], "batch"), "endpoint": line["url"], "completion_window": "24h"}
+    one = {"batch_id": checker.call("post /batches", json=asked)["id"]}
+    checker.call("get /batches")
+    checker.call("get /batches/{batch_id}", params=one)
+    many = {**asked, "input_file_id": upload(checker, [{**line, "custom_id": str(n)} for n in range(500)], "batch")}
+    other = {"batch_id": checker.call("post /batches", json=many)["id"]}
+    checker.call("post /batches/{batch_id}/cancel", params=other)
+
+
+def fine_tuning(checker: Checker, model: str) -> None:
+    row = {"messages": [*QUESTION, {"role": "assistant", "content": "To the sea."}]}
+    file = upload(checker, [row] * 10, "fine-tune")
+    knobs = {"n_epochs": 50, "batch_size": 1, "learning_rate_multiplier": 0.5}
+    body = {
+        "model": model,
+        "training_file": file,
+        "validation_file": file,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": knobs}},
+        "suffix": "sea",
+        "seed": 1,
+        "metadata": {"a": "b"},
+    }
+    one = {"fine_tuning_job_id": checker.call("post /fine_tuning/jobs", json=body)["id"]}
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/pause", params=one, departure=_paused)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/events", params=one)
+    checker.call("get /fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", params=one)
+    checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/cancel", params=one)
+    checker.call("get /fine_tuning/jobs")
+
+
+def usage(checker: Checker, model: str) -> None:
+    since = {"start_time": 1}
+    for kind in ("completions", "embeddings", "moderations"):
+        checker.call(f"get /organization/usage/{kind}", query=since)
+    checker.call("get /organization/costs", query=since)
+    one = {"project_id": "proj_default"}
+    listing = "get /organization/projects/{project_id}/rate_limits"
+    limits = checker.call(listing, params=one, departure=_unlimited)["data"]
+    limit = {**one, "rate_limit_id": limits[0]["id"]}
+    change = {f"max_{name}": 1000 for name in ("requests_per_1_minute", "tokens_per_1_minute", "requests_per_1_day")}
+    checker.call("post /organization/projects/{project_id}/rate_limits/{rate_limit_id}", params=limit, json=change)
+
+
+def _paused(answer: Any) -> None:
+    """A paused job is paused, of which state the document does not know."""
+    assert answer["status"] == "paused"
+    answer["status"] = "queued"
+
+
+def _unlimited(answer: Any) -> None:
+    """What has no limit says null, where OpenAI always has one."""
+    for limit in answer["data"]:
+        limit |= {name: 0 for name, value in limit.items() if value is None}
+
+
+def upload(checker: Checker, rows: list[dict[str, Any]], purpose: str) -> str:
+    content = "\n".join(map(json.dumps, rows)).encode()
+    made = checker.call("post /files", files={"file": ("rows.jsonl", content)}, data={"purpose": purpose})
+    return str(made["id"])
+
+
+PARTS = (
+    models,
+    chat,
+    completions,
+    vectors,
+    moderations,
+    responses,
+    conversations,
+    files,
+    uploads,
+    batches,
+    fine_tuning,
+    usage,
+)

@@ -86,8 +86,14 @@ def _without_prose(value: Any, *, in_properties: bool = False) -> Any:
         for key, each in value.items()
         if in_properties or (key not in _PROSE and not key.startswith("x-"))
     }
-    # A word of OpenAPI 3.0 that the document, which is 3.1, still uses.
-    if not in_properties and kept.pop("nullable", False):
+    if in_properties:
+        return kept
+    # Words of OpenAPI 3.0 that the document, which is 3.1, still uses.
+    for word, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(kept.get(exclusive), bool):
+            limit = kept.pop(word)
+            kept[exclusive if kept.pop(exclusive) else word] = limit
+    if kept.pop("nullable", False):
         return {"anyOf": [kept, {"type": "null"}]}
     return kept
 

@@ -46,6 +46,14 @@ from gale.data.verifiers import VERIFIERS, VerifierOptions, verify
         ("choice", "A's are good. (E)", "E", True),
         ("choice", "12", "B", False),
         ("choice", "nothing", "nothing", False),
+        ("equal", "Leeds", "Leeds", True),
+        ("equal", "Leeds.", "Leeds", False),
+        ("unequal", "Leeds.", "Leeds", True),
+        ("includes", "He lives in LEEDS", "leeds", True),
+        ("includes", "利兹在英国", "英国", True),
+        ("rouge_l", "in the north of England", "In the North of England.", True),
+        ("rouge_3", "in the north", "north the in", False),
+        ("rouge_1", "", "", False),
     ],
 )
 def test_right_is_right_and_wrong_is_wrong(kind: str, answer: str, expected: str, right: bool) -> None:
@@ -70,7 +78,7 @@ def test_partly_right_lies_between() -> None:
 
 
 def test_an_unknown_verifier_and_a_broken_pattern_are_said() -> None:
-    with pytest.raises(RecipeError, match="there are choice, contains, exact, f1, number, regex"):
+    with pytest.raises(RecipeError, match="there are choice, contains, equal, exact, f1"):
         verify("exactly", "a", "a")
     with pytest.raises(RecipeError, match="regular expression"):
         verify("regex", "a", "(")
@@ -89,3 +97,12 @@ def test_every_whole_number_is_read_back(value: int) -> None:
     for text in (str(value), f"{value:,}", f"is {value}.", f"= {value:,}。"):
         assert verify("number", text, str(value)) == 1
         assert verify("number", text, str(value + 1)) == 0
+
+
+def test_rouge_is_the_f1_of_shared_runs_and_of_the_longest_common_sequence() -> None:
+    answer, expected = "the cat sat on the mat", "the cat lay on the mat"
+    assert verify("rouge_1", answer, expected) == pytest.approx(5 / 6)
+    assert verify("rouge_2", answer, expected) == pytest.approx(3 / 5)
+    assert verify("rouge_l", answer, expected) == pytest.approx(5 / 6)
+    assert verify("rouge_l", "c b a", "a b c") == pytest.approx(1 / 3)
+    assert verify("rouge_l", "风从山上来", "风从山上吹来") == pytest.approx(10 / 11)

@@ -146,10 +146,10 @@ def test_where_the_system_has_no_memory_requests_wait_and_one_alone_is_refused(
     batcher = make_batcher(bf16_model)
     reserve = SequenceCache.reserve
 
-    def limited(self: SequenceCache, tokens: int) -> None:
+    def limited(self: SequenceCache, tokens: int, *, expected: int = 0) -> None:
         if batcher.cached_tokens + tokens > 400:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        reserve(self, tokens)
+        reserve(self, tokens, expected=expected)
 
     expected = run(make_batcher(bf16_model), requests(tokenizer))
     monkeypatch.setattr(SequenceCache, "reserve", limited)

@@ -125,10 +125,10 @@ def test_everyone_is_answered_as_if_alone(
     sequences = [ask.sequence(tokenizer) for ask in asked]
     reserve = SequenceCache.reserve
 
-    def limited(self: SequenceCache, more: int) -> None:
+    def limited(self: SequenceCache, more: int, *, expected: int = 0) -> None:
         if memory is not None and batcher.cached_tokens + more > memory:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        reserve(self, more)
+        reserve(self, more, expected=expected)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SequenceCache, "reserve", limited)

@@ -26,12 +26,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def prepared(tokenizer: Tokenizer, weights: Weights, kind: dict[str, Any]) -> Decoder:
-    model = make_model(tokenizer, **kind)
+def drawn(tokenizer: Tokenizer, kind: dict[str, Any]) -> Decoder:
+    """A model in bf16 of which no part is such that leaving it out would not show."""
+    model, draws = make_model(tokenizer, **kind), torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, mean=1.0)
-    model = model.to(torch.bfloat16)
+            torch.nn.init.normal_(parameter, mean=1.0, generator=draws)
+    return model.to(torch.bfloat16)
+
+
+def prepared(tokenizer: Tokenizer, weights: Weights, kind: dict[str, Any]) -> Decoder:
+    model = drawn(tokenizer, kind)
     quantise(model, weights)
     return model
 
@@ -54,7 +59,7 @@ def read(model: Decoder, caches: list[SequenceCache], counts: list[int]) -> Tens
 def states(model: Decoder) -> list[Tensor]:
     """Hidden states of three sequences: prompts of different lengths together, then single tokens, then both."""
     torch.manual_seed(0)
-    own = OwnCaches(model.config, torch.bfloat16, torch.device("cpu"))
+    own = OwnCaches(model.config, model.embed_tokens.weight.dtype, torch.device("cpu"))
     caches = [own.take() for _ in range(3)]
     return [read(model, caches, counts) for counts in ([9, 1, 30], [1, 1, 1], [1, 17, 1])]
 
@@ -70,6 +75,13 @@ def test_one_call_computes_what_the_modules_compute(
     model.native = None
     for got, expected in zip(in_one_call, states(model), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_one_call_is_near_to_float64(tokenizer: Tokenizer, kind: dict[str, Any]) -> None:
+    exact = states(drawn(tokenizer, kind).double())
+    for got, expected in zip(states(prepared(tokenizer, "bf16", kind)), exact, strict=True):
+        assert (got.double() - expected).norm() < 0.03 * expected.norm()
 
 
 def test_what_the_kernels_cannot_put_together_is_left_to_the_modules(tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from gale.server.body_limit import BodyLimit
 from gale.server.edge import EdgeLimits
 from gale.server.sse import StreamLimits
 from gale.text.tokenizer import Tokenizer
+from tests.databases import PostgresqlServer
 from tests.server.live import Live, start
 
 
@@ -24,11 +26,26 @@ def quiet_logs() -> None:
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[])
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "both_databases: runs on SQLite and on PostgreSQL")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "store" in metafunc.fixturenames and metafunc.definition.get_closest_marker("both_databases"):
+        metafunc.parametrize("store", ["sqlite", "postgresql"], indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path_factory.mktemp('store') / 'gale.db'}")
-    yield opened
-    opened.close()
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """SQLite's; in tests marked ``both_databases`` PostgreSQL's too."""
+    with contextlib.ExitStack() as stack:
+        folder = tmp_path_factory.mktemp("store")
+        if getattr(request, "param", "sqlite") == "sqlite":
+            url = f"sqlite:///{folder / 'gale.db'}"
+        else:
+            server: PostgresqlServer = request.getfixturevalue("postgresql")
+            url = stack.enter_context(server.database())
+        yield stack.enter_context(contextlib.closing(Store.open(url, files=folder / "files")))
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +57,8 @@ def live(store: Store) -> Iterator[Live]:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Decoder, tokenizer: Tokenizer) -> LocalEngine:
-    """Gale's own engine over the tiny model."""
+def engine(model: Decoder, tokenizer: Tokenizer, store: Store) -> LocalEngine:
+    """Gale's own engine over the tiny model, a new one for each store, since ``tiny`` ends with its store."""
     return LocalEngine(model, tokenizer, model_id="tiny")
 
 

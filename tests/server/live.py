@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from fastapi import FastAPI
 
 from gale.platform.store import Store
 from gale.server.app import create_app
 from gale.server.edge import EdgeLimits
 from gale.server.lifecycle import Lifecycle
+from gale.server.origins import Origins
 from gale.server.runner import listen, run
 from gale.server.sse import StreamLimits
 from tests.server.scripted_engine import ScriptedEngine
@@ -31,6 +33,7 @@ class Live:
     store: Store
     http: httpx2.Client
     stop: Callable[[], None]
+    app: FastAPI
 
 
 def start(
@@ -41,11 +44,20 @@ def start(
     stream_limits: StreamLimits | None = None,
     grace_s: float = 0.2,
     engine: Any = None,
+    origins: Origins | None = None,
+    home: Path | None = None,
 ) -> Live:
     """Run the application in a thread of its own until ``stop``; the engine is a scripted one unless given."""
     engine, lifecycle, ready = engine or ScriptedEngine(), Lifecycle(grace_s), threading.Event()
     app = create_app(
-        engine, store, static=static, lifecycle=lifecycle, edge_limits=edge_limits, stream_limits=stream_limits
+        engine,
+        store,
+        static=static,
+        lifecycle=lifecycle,
+        edge_limits=edge_limits,
+        stream_limits=stream_limits,
+        origins=origins,
+        home=home,
     )
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
@@ -63,7 +75,7 @@ def start(
             loop.close()
         http.close()
 
-    return Live(f"http://127.0.0.1:{port}", port, engine, store, http, stop)
+    return Live(f"http://127.0.0.1:{port}", port, engine, store, http, stop, app)
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -9,6 +9,8 @@ import pytest
 from gale import __version__
 from tests.server.live import Live
 
+pytestmark = pytest.mark.both_databases
+
 
 def new(live: Live) -> str:
     response = live.http.post("/api/conversations", json={})
@@ -17,8 +19,12 @@ def new(live: Live) -> str:
 
 
 def test_info(live: Live) -> None:
-    expected = {"name": "Gale", "version": __version__, "model": {"id": "scripted/one", "context_length": 100}}
-    assert live.http.get("/api/info").json() == expected
+    assert live.http.get("/api/info").json() == {
+        "name": "Gale",
+        "version": __version__,
+        "model": {"id": "scripted/one", "context_length": 100},
+        "signed_in": False,
+    }
 
 
 def test_a_new_conversation_is_empty_and_first_in_the_list(live: Live) -> None:

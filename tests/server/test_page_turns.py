@@ -10,6 +10,8 @@ import pytest
 
 from tests.server.live import Live, eventually
 
+pytestmark = pytest.mark.both_databases
+
 Events = list[tuple[str, dict[str, Any]]]
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.server.live import Live
 
+pytestmark = pytest.mark.both_databases
+
 TOOL: dict[str, Any] = {
     "type": "function",
     "name": "weather",

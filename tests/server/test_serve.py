@@ -56,6 +56,8 @@ def url_of(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline()
     assert line.startswith("Gale is ready at http://127.0.0.1:"), line
     assert line.endswith(" - model scripted/one - Ctrl-C stops\n")
+    link = process.stdout.readline()
+    assert link.startswith("Make it yours (once, within a day): " + line.split()[4] + "/#sign-in="), link
     return line.split()[4]
 
 
@@ -107,18 +109,18 @@ def test_a_question_survives_kill_9(start: Start) -> None:
     assert "event: done" in httpx2.post(f"{url}/api/conversations/{conversation}/turns", json=body).text
 
 
-def test_two_at_once_on_a_new_database(start: Start) -> None:
-    both = [start(), start()]
-    for url in [url_of(process) for process in both]:
-        assert httpx2.post(f"{url}/api/conversations", json={}).status_code == 201
-
-
 def refused(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=30)
     assert process.returncode == 1
     assert out == ""
     assert "Traceback" not in err
     return err
+
+
+def test_a_second_server_on_the_same_database_is_refused(start: Start) -> None:
+    url = url_of(start())
+    assert "Another Gale server" in refused(start())
+    assert httpx2.post(f"{url}/api/conversations", json={}).status_code == 201
 
 
 def test_a_port_in_use(start: Start) -> None:
@@ -140,7 +142,7 @@ def test_other_loopback_addresses_are_listened_on() -> None:
 
 
 def test_a_database_that_cannot_be_opened(start: Start, tmp_path: Path) -> None:
-    assert "cannot be opened" in refused(start("--db", f"sqlite:///{tmp_path}"))
+    assert "unable to open" in refused(start("--db", f"sqlite:///{tmp_path}"))
 
 
 def test_another_server_can_answer_in_the_model_s_place(start: Start, live: Live) -> None:

@@ -186,6 +186,18 @@ GALE_BF16 void mix(const bf16* weights, long stride, const bf16* values, int siz
     }
 }
 
+inline void fetch(const bf16* from, int numbers) {
+  for (int i = 0; i < numbers; i += 32) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+}
+
+// The first keys and values of a head, which for short sequences are all.
+void fetch_first(const Heads& l, const Sequence& s, int key_head) {
+  const long at = l.layer * s.layer_stride + key_head * s.head_stride;
+  const int numbers = std::min(s.length + s.count, 3 * kKeys) * l.size;
+  fetch(s.keys + at, numbers);
+  fetch(s.values + at, numbers);
+}
+
 void attend_task(const Heads& l, const Sequence& s, int key_head, int first, int count) {
   using Dots = void (*)(const bf16* const*, const int32_t*, int, float, float*, long);
   using Mix = void (*)(const bf16*, long, const bf16*, int, int, bf16* const*, int);
@@ -218,10 +230,8 @@ void attend_task(const Heads& l, const Sequence& s, int key_head, int first, int
     blocks = std::min(2, (end - t) / kKeys);
     for (int block = 0; block < blocks; ++block) {
       const int here = t + block * kKeys;
-      for (long byte = 0, bytes = 2l * kKeys * l.size; byte < bytes; byte += 64) {  // what is read next but one, and later
-        _mm_prefetch((const char*)(keys + long(here + 2 * kKeys) * l.size) + byte, _MM_HINT_T0);
-        _mm_prefetch((const char*)(values + long(here) * l.size) + byte, _MM_HINT_T0);
-      }
+      fetch(keys + long(here + 2 * kKeys) * l.size, std::min(kKeys, tokens - here - 2 * kKeys) * l.size);
+      fetch(values + long(here) * l.size, std::min(kKeys, tokens - here) * l.size);
       transpose(keys + long(here) * l.size, l.size, std::min(kKeys, tokens - here), pairs.data() + block * pairs_of(l.size));
     }
     for (int q = 0; q < count; q += kDots)
@@ -247,16 +257,6 @@ void store(const Heads& l, const Sequence& s, int key_head) {
     const long from = (long(s.first_row + token) * l.key_heads + key_head) * l.size;
     std::memcpy(s.keys + at, l.k + from, l.size * sizeof(bf16));
     std::memcpy(s.values + at, l.v + from, l.size * sizeof(bf16));
-  }
-}
-
-// Fetches the first keys and values of a head, where short sequences have all of them.
-void fetch(const Heads& l, const Sequence& s, int key_head) {
-  const long at = l.layer * s.layer_stride + key_head * s.head_stride;
-  const long bytes = long(std::min(s.length + s.count, 3 * kKeys)) * l.size * sizeof(bf16);
-  for (long byte = 0; byte < bytes; byte += 64) {
-    _mm_prefetch((const char*)(s.keys + at) + byte, _MM_HINT_T0);
-    _mm_prefetch((const char*)(s.values + at) + byte, _MM_HINT_T0);
   }
 }
 
@@ -289,7 +289,7 @@ void attend(const Heads& l, const Sequence* sequences, int count, int threads) {
       const Sequence& s = sequences[i];
       const int tiles = tiles_of(s), place = task - starts[i], head = place / tiles, query = place % tiles * kTask;
       const int next = task + 1 == starts[i + 1] ? i + 1 : i;
-      if (task + 1 < end) fetch(l, sequences[next], (task + 1 - starts[next]) / tiles_of(sequences[next]));
+      if (task + 1 < end) fetch_first(l, sequences[next], (task + 1 - starts[next]) / tiles_of(sequences[next]));
       if (tiles == 1) store(l, s, head);
       attend_task(l, s, head, query, std::min(kTask, s.count * group - query));
     }

@@ -17,7 +17,7 @@ from gale.platform.tables.organisations import (
     users,
 )
 from gale.platform.tables.responses import response_conversations, response_items, responses
-from gale.platform.tables.usage import budgets, holds, limits, prices, usage_events, usage_rollups
+from gale.platform.tables.usage import budgets, holds, limits, prices, processes, usage_events, usage_rollups
 
 __all__ = [
     "DEFAULT_ORGANISATION",
@@ -38,6 +38,7 @@ __all__ = [
     "metadata",
     "organisations",
     "prices",
+    "processes",
     "projects",
     "response_conversations",
     "response_items",

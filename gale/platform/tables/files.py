@@ -1,4 +1,8 @@
-"""Files that were uploaded, whole or in parts. Their bytes lie in a folder, named by id; these are their names."""
+"""Files that were uploaded, whole or in parts. Their bytes lie in a folder, named by id; these are their names.
+
+A file's ``status`` is "arriving" from before its bytes get their place until after, "processed" while it is there, and
+"leaving" from before they are removed until after: whoever finds an old row in the first or last state finishes that.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,7 @@ uploads = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("status", Text, nullable=False),
     Column("file_id", Text),
+    Column("file_lasts_s", BigInteger),  # how long the file made of it is kept; null for ever
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
     Index(None, "project_id", "created_at"),

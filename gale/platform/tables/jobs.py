@@ -17,6 +17,7 @@ jobs = Table(
     Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
     Column("user_id", Text),
     Column("api_key_id", Text),
+    Column("rights", JSON, nullable=False),  # the role, scopes and models of whoever asked
     Column("kind", Text, nullable=False),  # "batch" or "fine_tuning"
     Column("state", Text, nullable=False),
     Column("payload", JSON, nullable=False),

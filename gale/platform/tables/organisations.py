@@ -38,14 +38,17 @@ users = Table(
     "users",
     metadata,
     Column("id", Text, primary_key=True),
+    Column("kind", Text, nullable=False),  # "person", or "service" for an account that only has keys
     Column("email", Text),
     Column("name", Text, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("claimed_at", BigInteger),  # when the person first signed in
     Column("disabled_at", BigInteger),
     UniqueConstraint("email"),
 )
 
-# A person's role in an organisation (project_id "" there: NULL would not be unique) or in one of its projects.
+# A user's role in an organisation (project_id "" there: NULL would not be unique) or in one of its projects. A service
+# account is in its project alone.
 memberships = Table(
     "memberships",
     metadata,
@@ -58,14 +61,14 @@ memberships = Table(
 )
 
 # A key is kept as the HMAC of its text; what is shown later are its first and last characters. One without a project
-# is an administration key of its organisation. ``user_id`` is its owner; one without an owner is a service account's.
+# is an administration key of its organisation. It may do what its owner may, or less, and ends with them.
 api_keys = Table(
     "api_keys",
     metadata,
     Column("id", Text, primary_key=True),
     Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
     Column("project_id", Text, ForeignKey("projects.id")),
-    Column("user_id", Text, ForeignKey("users.id")),
+    Column("user_id", Text, ForeignKey("users.id"), nullable=False),
     Column("name", Text, nullable=False),
     Column("prefix", Text, nullable=False),
     Column("last4", Text, nullable=False),
@@ -78,9 +81,10 @@ api_keys = Table(
     Column("revoked_at", BigInteger),
     UniqueConstraint("digest"),
     Index(None, "organisation_id", "project_id", "created_at"),
+    Index(None, "user_id"),
 )
 
-# Signed-in browsers, and the links that sign one in once; kept as HMAC like keys.
+# Signed-in browsers ("browser"), and the links that sign one in once ("link"); kept as HMAC like keys.
 sessions = Table(
     "sessions",
     metadata,
@@ -94,7 +98,8 @@ sessions = Table(
     Index(None, "user_id"),
 )
 
-# Written, never changed: triggers refuse updates and deletions.
+# Written, never changed: triggers refuse updates and deletions. ``actor`` is whoever it was as they were then; the ids
+# beside it are what the log is searched by, and so is ``resource_id``, the id of what was changed.
 audit_events = Table(
     "audit_events",
     metadata,
@@ -102,6 +107,9 @@ audit_events = Table(
     Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
     Column("project_id", Text),
     Column("type", Text, nullable=False),
+    Column("user_id", Text),
+    Column("api_key_id", Text),
+    Column("resource_id", Text),
     Column("actor", JSON, nullable=False),
     Column("details", JSON, nullable=False),
     Column("created_at", BigInteger, nullable=False),

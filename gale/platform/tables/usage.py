@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, Table, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Column, Index, Integer, Table, Text, UniqueConstraint
 
 from gale.platform.tables.base import metadata
 
@@ -43,26 +43,34 @@ budgets = Table(
     Column("held_micro", BigInteger, nullable=False),
 )
 
-# Money set aside before an answer is begun. One that nobody settles (its process was killed) ends by itself.
+# Money that a process has set aside for the answers it is about to begin; ``held_micro`` of a budget is their sum.
 holds = Table(
     "holds",
     metadata,
-    Column("id", Text, primary_key=True),
+    Column("process_id", Text, primary_key=True),
     Column("scope", Text, primary_key=True),
     Column("scope_id", Text, primary_key=True),
     Column("period", Text, primary_key=True),
     Column("amount_micro", BigInteger, nullable=False),
-    Column("expires_at", BigInteger, nullable=False),
-    Index(None, "expires_at"),
 )
 
+# Servers that share the database. Each counts its ``beats`` up while it lives; one whose count stands still is dead,
+# which takes no clock that they would have to agree on.
+processes = Table(
+    "processes",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("beats", BigInteger, nullable=False),
+)
+
+# What has happened is written whatever became of those it happened to, so nothing here refers to another table.
 usage_events = Table(
     "usage_events",
     metadata,
     Column("id", Text, primary_key=True),
     Column("created_at", BigInteger, nullable=False),
-    Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
-    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("organisation_id", Text, nullable=False),
+    Column("project_id", Text, nullable=False),
     Column("user_id", Text),
     Column("api_key_id", Text),
     Column("model", Text, nullable=False),
@@ -81,8 +89,8 @@ usage_rollups = Table(
     "usage_rollups",
     metadata,
     Column("hour", BigInteger, nullable=False),  # its first microsecond
-    Column("organisation_id", Text, ForeignKey("organisations.id"), nullable=False),
-    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("organisation_id", Text, nullable=False),
+    Column("project_id", Text, nullable=False),
     Column("user_id", Text, nullable=False),  # "" for none, as with the key: NULL would not be unique
     Column("api_key_id", Text, nullable=False),
     Column("model", Text, nullable=False),

@@ -36,9 +36,11 @@ def upgrade() -> None:
     op.create_table(
         "users",
         sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("email", sa.Text(), nullable=True),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("claimed_at", sa.BigInteger(), nullable=True),
         sa.Column("disabled_at", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_users"),
         sa.UniqueConstraint("email", name="uq_users_email"),
@@ -62,7 +64,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("organisation_id", sa.Text(), nullable=False),
         sa.Column("project_id", sa.Text(), nullable=True),
-        sa.Column("user_id", sa.Text(), nullable=True),
+        sa.Column("user_id", sa.Text(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("prefix", sa.Text(), nullable=False),
         sa.Column("last4", sa.Text(), nullable=False),
@@ -85,6 +87,7 @@ def upgrade() -> None:
         ["organisation_id", "project_id", "created_at"],
         unique=False,
     )
+    op.create_index("ix_api_keys_user_id", "api_keys", ["user_id"], unique=False)
     op.create_table(
         "sessions",
         sa.Column("id", sa.Text(), nullable=False),
@@ -104,6 +107,9 @@ def upgrade() -> None:
         sa.Column("organisation_id", sa.Text(), nullable=False),
         sa.Column("project_id", sa.Text(), nullable=True),
         sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("user_id", sa.Text(), nullable=True),
+        sa.Column("api_key_id", sa.Text(), nullable=True),
+        sa.Column("resource_id", sa.Text(), nullable=True),
         sa.Column("actor", sa.JSON(), nullable=False),
         sa.Column("details", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
@@ -116,11 +122,12 @@ def upgrade() -> None:
         ["organisation_id", "created_at", "id"],
         unique=False,
     )
+    _only_append("audit_events")
 
     now = time.time_ns() // 1000
     _insert("organisations", id="org_default", name="Default organisation", created_at=now)
     _insert("projects", id="proj_default", organisation_id="org_default", name="Default project", created_at=now)
-    _insert("users", id="user_first", name="Owner", created_at=now)
+    _insert("users", id="user_first", kind="person", name="Owner", created_at=now)
     _insert(
         "memberships", user_id="user_first", organisation_id="org_default", project_id="", role="owner", created_at=now
     )
@@ -133,6 +140,25 @@ def upgrade() -> None:
         "ix_conversations_user_id_project_id_updated_at_id",
         "conversations",
         ["user_id", "project_id", "updated_at", "id"],
+    )
+
+
+def _only_append(table: str) -> None:
+    """Let the database itself refuse to change or delete what ``table`` holds."""
+    if op.get_bind().dialect.name == "sqlite":
+        for verb in ("UPDATE", "DELETE"):
+            op.execute(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, '{table} are written once'); END"
+            )
+        return
+    op.execute(
+        f"CREATE FUNCTION {table}_written_once() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN RAISE EXCEPTION '{table} are written once'; END $$"
+    )
+    op.execute(
+        f"CREATE TRIGGER {table}_written_once BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+        f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_written_once()"
     )
 
 

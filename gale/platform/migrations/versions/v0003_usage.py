@@ -43,15 +43,19 @@ def upgrade() -> None:
     )
     op.create_table(
         "holds",
-        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("process_id", sa.Text(), nullable=False),
         sa.Column("scope", sa.Text(), nullable=False),
         sa.Column("scope_id", sa.Text(), nullable=False),
         sa.Column("period", sa.Text(), nullable=False),
         sa.Column("amount_micro", sa.BigInteger(), nullable=False),
-        sa.Column("expires_at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("id", "scope", "scope_id", "period", name="pk_holds"),
+        sa.PrimaryKeyConstraint("process_id", "scope", "scope_id", "period", name="pk_holds"),
     )
-    op.create_index("ix_holds_expires_at", "holds", ["expires_at"], unique=False)
+    op.create_table(
+        "processes",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("beats", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_processes"),
+    )
     op.create_table(
         "usage_events",
         sa.Column("id", sa.Text(), nullable=False),
@@ -69,8 +73,6 @@ def upgrade() -> None:
         sa.Column("output_tokens", sa.BigInteger(), nullable=False),
         sa.Column("cost_micro", sa.BigInteger(), nullable=False),
         sa.Column("request_id", sa.Text(), nullable=True),
-        sa.ForeignKeyConstraint(["organisation_id"], ["organisations.id"], name="fk_usage_events_organisation_id"),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name="fk_usage_events_project_id"),
         sa.PrimaryKeyConstraint("id", name="pk_usage_events"),
     )
     op.create_index(
@@ -91,8 +93,6 @@ def upgrade() -> None:
         sa.Column("cached_tokens", sa.BigInteger(), nullable=False),
         sa.Column("output_tokens", sa.BigInteger(), nullable=False),
         sa.Column("cost_micro", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["organisation_id"], ["organisations.id"], name="fk_usage_rollups_organisation_id"),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name="fk_usage_rollups_project_id"),
         sa.UniqueConstraint(
             "hour",
             "organisation_id",
