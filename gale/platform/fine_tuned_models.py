@@ -85,8 +85,8 @@ class FineTunedModels:
         return model is not None and model.project_id == actor.project_id
 
     def find(self, actor: Actor, name: str) -> FineTuned | None:
-        """The project's model of that name, None where there is none."""
-        return self._loaded.get(name) if self.visible(actor, name) else None
+        """The project's model of that name, None where there is none that ``actor`` may use."""
+        return self._loaded.get(name) if actor.may_use(name) and self.visible(actor, name) else None
 
     async def serve(self, models: list[FineTuned]) -> None:
         """Load what a job has just made, before anybody is told of it. Raises :class:`ModelError`."""

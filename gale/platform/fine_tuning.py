@@ -68,15 +68,18 @@ class FineTuning:
         return job
 
     async def get(self, job_id: str) -> Job:
-        """Raises :class:`NotFoundError`."""
+        """Raises :class:`NotFoundError` and :class:`NotAllowedError`."""
+        authorize(self._actor, "read")
         return await self._jobs.get(self._actor, KIND, job_id)
 
     async def page(self, *, limit: int, after: str | None) -> Listing[Job]:
-        """The newest first. Raises :class:`CursorError`."""
+        """The newest first. Raises :class:`CursorError` and :class:`NotAllowedError`."""
+        authorize(self._actor, "read")
         return await self._jobs.page(self._actor, KIND, limit=limit, after=after)
 
     async def events(self, job_id: str, *, limit: int, after: str | None) -> Listing[JobEvent]:
-        """The newest first. Raises :class:`NotFoundError` and :class:`CursorError`."""
+        """The newest first. Raises :class:`NotFoundError`, :class:`CursorError` and :class:`NotAllowedError`."""
+        authorize(self._actor, "read")
         return await self._jobs.events(self._actor, KIND, job_id, limit=limit, after=after)
 
     async def cancel(self, job_id: str) -> Job:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, bindparam, exists, or_, select, update
 
 from gale.core.errors import StoreError
 from gale.platform import tables
-from gale.platform.access import Actor, Role
+from gale.platform.access import Actor, NotAllowedError, Role, authorize
 from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.keys import is_well_formed
@@ -140,13 +140,21 @@ def _find_key(connection: Connection, digest: bytes) -> _Known | None:
 
 
 def may_go_on(connection: Connection, actor: Actor) -> bool:
-    """Whether ``actor``, for whom work goes on, is still let in: their key, or they themselves where they had none."""
+    """Whether ``actor``, for whom work goes on, is still let in and may still use things: their key, or they themselves
+    where they had none.
+    """
     if actor.key_id is None:
         return actor.user_id is None or person(connection, actor.user_id) is not None
     keys = tables.api_keys
     row = connection.execute(select(keys).where(keys.c.id == actor.key_id, keys.c.revoked_at.is_(None))).one_or_none()
     known = None if row is None else _holder(connection, row)
-    return known is not None and (known.expires_at is None or known.expires_at > now_us())
+    if known is None or (known.expires_at is not None and known.expires_at <= now_us()):
+        return False
+    try:
+        authorize(known.actor, "use")
+    except NotAllowedError:  # narrowed, or demoted, since it was begun
+        return False
+    return True
 
 
 def _holder(connection: Connection, row: Row[Any]) -> _Known | None:

@@ -192,7 +192,7 @@ class Metering:
     async def _done(self, work: Callable[[], Awaitable[None]]) -> bool:
         try:
             await work()
-        except StoreError as error:
-            log.warning("metering_waits_for_the_database", error=error.message, usage_waiting=self.queue.waiting)
+        except (StoreError, OSError) as error:
+            log.warning("metering_waits_for_the_database", error=str(error), usage_waiting=self.queue.waiting)
             return False
         return True

@@ -5,16 +5,18 @@ Items are JSON objects with an ``id``, kept as they are shown. Everything belong
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Text, cast, delete, func, insert, select, update
 
 from gale.core.errors import GaleError
 from gale.platform import tables
-from gale.platform.access import Actor
+from gale.platform.access import Actor, authorize
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, NotFoundError
 from gale.platform.ids import new_id
@@ -26,6 +28,7 @@ KEPT_DAYS = 30
 # Answers that one answer may build on, and items of one conversation: reading them takes time.
 MOST_TURNS = 1000
 MOST_ITEMS = 10_000
+MOST_CHARACTERS = 16 * 1024 * 1024
 UNFINISHED = ("queued", "in_progress")
 
 
@@ -56,6 +59,7 @@ class Responses:
 
     def __init__(self, database: Database, actor: Actor) -> None:
         self._database = database
+        self._actor = actor
         self._project = actor.project
 
     async def save(self, kept: KeptResponse) -> None:
@@ -64,11 +68,11 @@ class Responses:
         conversation_id = (body.get("conversation") or {}).get("id")
 
         def work(connection: Connection) -> None:
-            if conversation_id is not None:
-                _conversation(connection, self._project, conversation_id)
             values = {"status": body["status"], "body": body}
             changed = connection.execute(update(table).where(table.c.id == kept.id).values(**values)).rowcount
             if not changed:
+                if conversation_id is not None:
+                    _conversation(connection, self._project, conversation_id)
                 now = _now()
                 connection.execute(
                     insert(table).values(
@@ -83,16 +87,21 @@ class Responses:
                     )
                 )
             if conversation_id is not None and body["status"] in ("completed", "incomplete"):
-                _append(connection, conversation_id, [*kept.input, *body["output"]])
+                # The answer stands by itself where its conversation was deleted, or became too long, meanwhile.
+                with contextlib.suppress(NotFoundError, TooLongError):
+                    _conversation(connection, self._project, conversation_id)
+                    _append(connection, conversation_id, [*kept.input, *body["output"]])
 
         await self._database.write(work)
 
     async def get(self, response_id: str) -> KeptResponse:
-        """Raises :class:`NotFoundError`."""
+        """Raises :class:`NotFoundError` and :class:`NotAllowedError`."""
+        authorize(self._actor, "read")
         return await self._database.read(lambda connection: _response(connection, self._project, response_id)[0])
 
     async def delete(self, response_id: str) -> None:
-        """Raises :class:`NotFoundError`, and :class:`ConflictError` while it is being answered."""
+        """Raises :class:`NotFoundError`, :class:`NotAllowedError`, and :class:`ConflictError` while it is answered."""
+        authorize(self._actor, "write")
 
         def work(connection: Connection) -> None:
             kept, _ = _response(connection, self._project, response_id)
@@ -111,6 +120,7 @@ class Responses:
         def work(connection: Connection) -> list[Item]:
             turns: list[list[Item]] = []
             next_id: str | None = response_id
+            left = MOST_CHARACTERS
             while next_id is not None:
                 if len(turns) == MOST_TURNS:
                     raise TooLongError(f"More than {MOST_TURNS} responses lead to this one.")
@@ -118,20 +128,27 @@ class Responses:
                 if kept.body["status"] in UNFINISHED:
                     raise ConflictError("That response is still being answered.")
                 turns.append([*kept.input, *kept.body["output"]])
+                if (left := left - _characters(turns[-1])) < 0:
+                    raise TooLongError("What leads to this response is too long to be read again.")
             return [item for turn in reversed(turns) for item in turn]
 
         return await self._database.read(work)
 
 
 class ItemConversations:
-    """The conversations of items of one project. Every method may raise :class:`StoreError`."""
+    """The conversations of items of one project.
+
+    Every method may raise :class:`StoreError`, and :class:`NotAllowedError` where the actor may not do it.
+    """
 
     def __init__(self, database: Database, actor: Actor) -> None:
         self._database = database
+        self._actor = actor
         self._project = actor.project
 
     async def create(self, metadata: dict[str, str], items: Sequence[Item]) -> ItemConversation:
         """A new conversation that begins with ``items``."""
+        authorize(self._actor, "write")
         conversation = ItemConversation(new_id("conv"), metadata, _now())
 
         def work(connection: Connection) -> None:
@@ -150,10 +167,12 @@ class ItemConversations:
 
     async def get(self, conversation_id: str) -> ItemConversation:
         """Raises :class:`NotFoundError`."""
+        authorize(self._actor, "read")
         return await self._database.read(lambda connection: _conversation(connection, self._project, conversation_id))
 
     async def change(self, conversation_id: str, metadata: dict[str, str]) -> ItemConversation:
         """Replace the metadata. Raises :class:`NotFoundError`."""
+        authorize(self._actor, "write")
         table = tables.response_conversations
 
         def work(connection: Connection) -> ItemConversation:
@@ -165,6 +184,7 @@ class ItemConversations:
 
     async def delete(self, conversation_id: str) -> None:
         """Delete a conversation with its items. Raises :class:`NotFoundError`."""
+        authorize(self._actor, "write")
         table = tables.response_conversations
 
         def work(connection: Connection) -> None:
@@ -175,6 +195,7 @@ class ItemConversations:
 
     async def add(self, conversation_id: str, items: Sequence[Item]) -> None:
         """Raises :class:`NotFoundError` and :class:`TooLongError`."""
+        authorize(self._actor, "write")
 
         def work(connection: Connection) -> None:
             _conversation(connection, self._project, conversation_id)
@@ -184,6 +205,7 @@ class ItemConversations:
 
     async def items(self, conversation_id: str) -> list[Item]:
         """All items, oldest first. Raises :class:`NotFoundError`."""
+        authorize(self._actor, "read")
         table = tables.response_items
 
         def work(connection: Connection) -> list[Item]:
@@ -195,6 +217,7 @@ class ItemConversations:
 
     async def delete_item(self, conversation_id: str, item_id: str) -> ItemConversation:
         """Raises :class:`NotFoundError`."""
+        authorize(self._actor, "write")
         table = tables.response_items
 
         def work(connection: Connection) -> ItemConversation:
@@ -257,6 +280,10 @@ def _append(connection: Connection, conversation_id: str, items: Sequence[Item])
     begin = 0 if last is None else last + 1
     if begin + len(items) > MOST_ITEMS:
         raise TooLongError(f"A conversation has at most {MOST_ITEMS} items.")
+    size = func.sum(func.length(cast(table.c.body, Text)))
+    held = connection.execute(select(size).where(table.c.conversation_id == conversation_id)).scalar() or 0
+    if held + _characters(items) > MOST_CHARACTERS:
+        raise TooLongError("This conversation has become too long.")
     now = _now()
     rows = [
         {
@@ -270,6 +297,10 @@ def _append(connection: Connection, conversation_id: str, items: Sequence[Item])
     ]
     if rows:
         connection.execute(insert(table), rows)
+
+
+def _characters(items: Sequence[Item]) -> int:
+    return len(json.dumps(items))
 
 
 def _now() -> int:

@@ -24,6 +24,7 @@ from gale.platform.database import Database
 from gale.platform.errors import ConflictError, LeaseLostError
 from gale.platform.fine_tuned_models import FineTuned, FineTunedModels
 from gale.platform.fine_tuning import KIND, State, job_folder, model_name
+from gale.platform.identities import may_go_on
 from gale.platform.ids import new_id
 from gale.platform.jobs import Job, Jobs
 from gale.platform.tuning_child import Metrics, Phase, how_it_ended, running
@@ -157,6 +158,9 @@ class TuningSupervisor:
         }
         if error is not None:
             await self._fail(job, error, result)
+            # What it left is served, so it is charged for like any other.
+            if self._on_trained is not None and outcome.get("trained_tokens") and named:
+                self._on_trained(job, outcome["trained_tokens"])
             return
         tokens = outcome["trained_tokens"]
         ended = {"finished_at": int(time.time()), "trained_tokens": tokens, "fine_tuned_model": named[-1]["name"]}
@@ -165,11 +169,11 @@ class TuningSupervisor:
         except (ConflictError, LeaseLostError):
             self._models.withdraw(models)
             raise
+        if self._on_trained is not None:  # at once: nothing may come between
+            self._on_trained(job, tokens)
         for each in named[:-1]:
             await self._jobs.add_event(job, f"Checkpoint created at step {each['step']}: {each['name']}")
         await self._jobs.add_event(job, f"New fine-tuned model created: {named[-1]['name']}")
-        if self._on_trained is not None:
-            self._on_trained(job, tokens)
         await self._jobs.add_event(job, "The job has successfully completed")
 
     async def _outcome_of(self, phase: Phase, name: str, job: Job, folder: Path) -> dict[str, Any]:
@@ -190,6 +194,9 @@ class TuningSupervisor:
                         now = await self._jobs.renew(job, LEASE_S)
                         if now.state != job.state:
                             raise ConflictError(f"it is {now.state} now")
+                        if not await self._database.read(lambda connection: may_go_on(connection, job.actor)):
+                            await self._jobs.move(job, (job.state,), "cancelled", {"finished_at": int(time.time())})
+                            raise ConflictError("whoever asked for it is no longer let in")
                         renew_at = time.monotonic() + RENEW_S
                     if await self._report(job, metrics):
                         deaths = 0

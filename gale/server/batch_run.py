@@ -151,7 +151,7 @@ class BatchRun:
             if not _again(answer, body, tries):
                 break
             await asyncio.sleep(_wait_s(answer))
-        kind: Kind = "output" if answer.status < 300 else "errors"
+        kind: Kind = "output" if answer.status < 300 and not _broke(answer, body) else "errors"
         response = {"status_code": answer.status, "request_id": request_id, "body": body}
         journal.add(kind, line.custom_id, _line(request_id, line.custom_id, response, None), body.get("usage"))
 
@@ -251,7 +251,12 @@ def _again(answer: Answer, body: dict[str, Any], tries: int) -> bool:
     code = body.get("error", {}).get("code") if answer.status >= 400 else None
     if answer.status == 429:
         return code != "insufficient_quota"
-    return code in _AGAIN_LATER or (code == "engine_failed" and tries < MOST_TRIES)
+    return code in _AGAIN_LATER or ((code == "engine_failed" or _broke(answer, body)) and tries < MOST_TRIES)
+
+
+def _broke(answer: Answer, body: dict[str, Any]) -> bool:
+    """Whether it is a response that failed after it had begun, which is no error of HTTP."""
+    return answer.status < 300 and body.get("object") == "response" and body.get("status") == "failed"
 
 
 def _wait_s(answer: Answer) -> float:

@@ -8,7 +8,7 @@ import contextlib
 import structlog
 
 from gale.core.errors import GaleError
-from gale.platform.errors import ConflictError, LeaseLostError
+from gale.platform.errors import ConflictError
 from gale.platform.ids import new_id
 from gale.platform.jobs import Job
 from gale.platform.store import Store
@@ -86,5 +86,5 @@ class BatchWorker:
         except Exception:
             log.exception("batch failed", batch=job.id)
             fault = {"code": "internal_error", "message": "Gale failed; its log says why.", "line": None, "param": None}
-            with contextlib.suppress(LeaseLostError):
+            with contextlib.suppress(GaleError):
                 await self._store.jobs.move(job, ACTIVE, "failed", {"errors": [fault], "failed_at": now()})

@@ -39,7 +39,10 @@ class Idempotent:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or answer it as before."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+        # What administration answers may hold a new key, which is shown once and kept nowhere.
+        path = scope.get("path", "")
+        kept = path.startswith("/v1/") and not path.startswith("/v1/organization")
+        if scope["type"] != "http" or scope["method"] != "POST" or not kept:
             await self._app(scope, receive, send)
             return
         keys = Headers(scope=scope).getlist("idempotency-key")

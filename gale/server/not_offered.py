@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _RETIRED = "OpenAI retired it"
 # Beginnings of paths below /v1, the longest first where one begins another.
 _INSTEAD = {
@@ -17,6 +19,8 @@ _INSTEAD = {
     "fine_tuning/checkpoints": "checkpoints belong to their project: use /v1/fine_tuning/jobs/{id}/checkpoints",
     "images/variations": "there is no replacement",
     "videos": "there is no replacement",
+    "responses/compact": "bring what is still needed as 'input'",
+    "projects": "the roles are owner, member and reader, at /v1/organization/projects/{id}/users",
     "audio": "Gale does not speak or listen yet",
     "images": "Gale does not draw yet",
     "realtime": "Gale has no live sessions; use /v1/responses with 'stream': true",
@@ -32,6 +36,8 @@ _INSTEAD = {
     "organization/roles": "the roles are owner, member and reader, at /v1/organization/projects/{id}/users",
     "organization/spend_limit": "use /v1/organization/budgets",
     "organization/spend_alerts": "use /v1/organization/budgets",
+    "organization/model_permissions": "give keys of their own models at /v1/organization/projects/{id}/api_keys",
+    "organization/hosted_tool_permissions": "Gale calls no tools by itself",
     "organization/data_retention": "what is kept, and for how long, is the server's own setting",
     "organization/usage": "usage is kept for completions, embeddings and moderations",
 }
@@ -40,6 +46,8 @@ _INSTEAD = {
 def instead_of(path: str) -> str | None:
     """What to use instead of ``path``; None for what OpenAI does not have either."""
     below = path.removeprefix("/v1/") if path.startswith("/v1/") else ""
+    # What a project has is what its organisation has.
+    below = re.sub(r"^organization/projects/[^/]+/", "organization/", below)
     for beginning, text in _INSTEAD.items():
         if below == beginning or below.startswith(f"{beginning}/"):
             return text

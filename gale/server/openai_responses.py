@@ -17,9 +17,12 @@ import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gale.engine.request import Engine, Finished, TokenScore, Usage
+from gale.core.errors import StoreError
+from gale.engine.request import Engine, EngineOverloadedError, Finished, TokenScore, Usage
+from gale.platform.access import authorize
+from gale.platform.errors import ConflictError
 from gale.platform.ids import new_id
-from gale.platform.responses import KeptResponse, Responses, tidy
+from gale.platform.responses import UNFINISHED, KeptResponse, Responses, tidy
 from gale.platform.store import Store
 from gale.server.caller import actor_of, engine_of
 from gale.server.disconnect import cancel, while_wanted
@@ -39,6 +42,7 @@ from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
 log = structlog.get_logger("gale.server.responses")
 
 TIDY_EVERY_S = 3600.0
+MOST_RUNNING = 256  # responses in the background
 
 
 def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLimits) -> APIRouter:
@@ -49,6 +53,7 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
 
     @router.post("", response_model=None, openapi_extra=request_schema(ResponseRequest))
     async def create(request: Request) -> Response:
+        authorize(actor_of(request), "use")
         body = await read_json(request, ResponseRequest)
         metered = engine_of(request, engine)
         asked, kept = await _asked(metered, store, request, body)
@@ -59,6 +64,8 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
                 _stream(answering), lifecycle, error_name="error", error_body=_error_event, limits=limits
             )
         if body.background and responses is not None:
+            if len(running) >= MOST_RUNNING:
+                raise EngineOverloadedError("Too many responses are being answered in the background.")
             await responses.save(kept)
             running[kept.id] = task = asyncio.create_task(answering.to_end())
             task.add_done_callback(lambda _: running.pop(kept.id, None))
@@ -68,6 +75,7 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
 
     @router.post("/input_tokens", openapi_extra=request_schema(ResponseRequest))
     async def count(request: Request) -> dict[str, Any]:
+        authorize(actor_of(request), "use")
         body = await read_json(request, ResponseRequest)
         asked, _ = await _asked(engine_of(request, engine), store, request, body)
         tokens = await asyncio.to_thread(engine.count_prompt_tokens, asked.messages, asked.tools)
@@ -86,13 +94,17 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
 
     @router.post("/{response_id}/cancel")
     async def stop(response_id: str, request: Request) -> dict[str, Any]:
+        authorize(actor_of(request), "write")
         responses = store.responses(actor_of(request))
         kept = await responses.get(response_id)
         if not kept.body["background"]:
             raise ApiError(400, "Only a response in the background can be cancelled.", code="invalid_request")
         if (task := running.get(response_id)) is not None:
             await cancel(task)
-        return (await responses.get(response_id)).body
+        kept = await responses.get(response_id)
+        if kept.body["status"] in UNFINISHED:
+            raise ConflictError("It is being answered by another server, or its server was killed.")
+        return kept.body
 
     @router.get("/{response_id}/input_items")
     async def input_items(
@@ -209,13 +221,16 @@ async def _asked(engine: Engine, store: Store, request: Request, body: ResponseR
     if body.previous_response_id is not None:
         before = await store.responses(actor).history(body.previous_response_id)
     elif body.conversation is not None:
+        if body.store is not False:  # the answer will be added to it
+            authorize(actor, "write")
         before = await store.item_conversations(actor).items(body.conversation)
     if not given and not before:
         message = "Missing required parameter: 'input'."
         raise ApiError(400, message, code="missing_required_parameter", param="input")
-    messages = to_chat([*before, *given], body.instructions)
     try:
-        asked = await asyncio.to_thread(lambda: to_engine(body.chat(messages), engine))
+        asked = await asyncio.to_thread(
+            lambda: to_engine(body.chat(to_chat([*before, *given], body.instructions)), engine)
+        )
     except ApiError as error:
         raise renamed(error) from error
     asked = replace(asked, grammar_field="text.format" if asked.grammar_field == "response_format" else "tools")
@@ -245,7 +260,10 @@ async def _keep_tidy(store: Store, running: dict[str, asyncio.Task[None]]) -> No
     began = time.time_ns() // 1000
     try:
         while True:
-            await tidy(store.database, unfinished_before=began - int(TIDY_EVERY_S * 1e6))
+            try:
+                await tidy(store.database, unfinished_before=began - int(TIDY_EVERY_S * 1e6))
+            except StoreError as error:
+                log.warning("responses_not_tidied", reason=error.message)
             await asyncio.sleep(TIDY_EVERY_S)
             began = time.time_ns() // 1000
     finally:

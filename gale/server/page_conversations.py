@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from gale import __version__
 from gale.engine.request import Engine
+from gale.platform.access import authorize
 from gale.platform.conversations import Conversations
 from gale.platform.store import Store
 from gale.server.caller import actor_of, is_signed_in
@@ -41,6 +42,7 @@ def routes(engine: Engine, store: Store) -> APIRouter:
 
     @router.post("/conversations", status_code=201, openapi_extra=request_schema(NewConversation))
     async def create(request: Request) -> dict[str, Any]:
+        authorize(actor_of(request), "write")
         await read_json(request, NewConversation)
         return conversation_json(await conversations(request).create())
 
@@ -51,6 +53,7 @@ def routes(engine: Engine, store: Store) -> APIRouter:
 
     @router.patch("/conversations/{conversation_id}", openapi_extra=request_schema(ConversationChange))
     async def change(conversation_id: str, request: Request) -> dict[str, Any]:
+        authorize(actor_of(request), "write")
         body = await read_json(request, ConversationChange)
         return conversation_json(
             await conversations(request).change(conversation_id, title=body.title, leaf_id=body.leaf_id)
@@ -58,6 +61,7 @@ def routes(engine: Engine, store: Store) -> APIRouter:
 
     @router.delete("/conversations/{conversation_id}", status_code=204)
     async def delete(conversation_id: str, request: Request) -> Response:
+        authorize(actor_of(request), "write")
         await conversations(request).delete(conversation_id)
         return Response(status_code=204)
 

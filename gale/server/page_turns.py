@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 
 from gale.assistant.turn import answer, fit
 from gale.engine.request import Engine, EngineFailedError, Finished, TextDelta
+from gale.platform.access import authorize
 from gale.platform.conversations import Conversations, Status, StoredMessage, Turn
 from gale.platform.store import Store
 from gale.server.caller import actor_of, engine_of
@@ -36,6 +37,7 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
     @router.post("/conversations/{conversation_id}/turns", response_model=None, openapi_extra=request_schema(NewTurn))
     async def create(conversation_id: str, request: Request) -> EventStream:
         body = await read_json(request, NewTurn)
+        authorize(actor_of(request), "use")
         conversations = store.conversations(actor_of(request))
         if body.regenerate is not None:
             turn = await conversations.ask_again(conversation_id, body.regenerate, model=engine.model_id)

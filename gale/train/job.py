@@ -69,6 +69,10 @@ def validate(folder: Path) -> None:
 def train(folder: Path) -> None:
     """Train, or go on, and write out the adapters."""
     _once(folder, TRAINED, _train)
+    # Optimiser states, which nothing needs any more after success; only now, or a process killed in between would begin
+    # anew.
+    if "error" not in json.loads((folder / TRAINED).read_bytes()):
+        shutil.rmtree(folder / RUN / "checkpoints", ignore_errors=True)
 
 
 def _once(folder: Path, name: str, work: Callable[[Path, TuningJob], dict[str, Any]]) -> None:
@@ -113,10 +117,8 @@ def _train(folder: Path, job: TuningJob) -> dict[str, Any]:
     except GaleError as error:
         broken = "broke down" in error.message
         failure = _failure("training_diverged" if broken else "training_failed", error, None)
-        return failure | {"checkpoints": _export_checkpoints(recipe, folder)}
-    checkpoints = _export_checkpoints(recipe, folder)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # optimiser states, which nothing needs any more
-    return {"trained_tokens": _tokens(out), "checkpoints": checkpoints}
+        return failure | {"checkpoints": _export_checkpoints(recipe, folder), "trained_tokens": _tokens(out)}
+    return {"trained_tokens": _tokens(out), "checkpoints": _export_checkpoints(recipe, folder)}
 
 
 def _run(recipe: SftRecipe | DpoRecipe | RlRecipe, out: Path, ray: str | None) -> None:

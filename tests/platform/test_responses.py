@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gale.platform import responses as module
-from gale.platform.access import LOCAL_OWNER
+from gale.platform.access import LOCAL_OWNER, NotAllowedError
 from gale.platform.errors import ConflictError, NotFoundError
 from gale.platform.responses import KeptResponse, TooLongError, tidy
 from gale.platform.store import Store
@@ -113,3 +113,44 @@ def test_conversations_and_chains_have_an_end(store: Store, monkeypatch: pytest.
     run(mine.save(kept("b", previous="a")))
     with pytest.raises(TooLongError):
         run(mine.history("b"))
+
+
+def test_a_reader_reads_and_changes_nothing(store: Store) -> None:
+    run(store.responses(LOCAL_OWNER).save(kept("a")))
+    conversation = run(store.item_conversations(LOCAL_OWNER).create({}, [item("first")]))
+    reader = replace(LOCAL_OWNER, role="reader")
+    assert run(store.responses(reader).get("a")).id == "a"
+    conversations = store.item_conversations(reader)
+    assert len(run(conversations.items(conversation.id))) == 1
+    for work in (
+        store.responses(reader).delete("a"),
+        store.responses(replace(LOCAL_OWNER, scopes=frozenset({"use"}))).get("a"),
+        conversations.create({}, []),
+        conversations.add(conversation.id, []),
+        conversations.change(conversation.id, {}),
+        conversations.delete_item(conversation.id, "first"),
+        conversations.delete(conversation.id),
+    ):
+        with pytest.raises(NotAllowedError):
+            run(work)  # type: ignore[arg-type]
+
+
+def test_an_answer_outlives_its_conversation(store: Store) -> None:
+    mine, conversations = store.responses(LOCAL_OWNER), store.item_conversations(LOCAL_OWNER)
+    conversation = run(conversations.create({}, []))
+    run(mine.save(kept("a", conversation=conversation.id, status="in_progress")))
+    run(conversations.delete(conversation.id))
+    run(mine.save(kept("a", conversation=conversation.id)))
+    assert run(mine.get("a")).body["status"] == "completed"
+
+
+def test_what_is_too_long_to_be_read_again_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_CHARACTERS", 150)
+    mine, conversations = store.responses(LOCAL_OWNER), store.item_conversations(LOCAL_OWNER)
+    run(mine.save(kept("a")))
+    run(mine.save(kept("b", previous="a")))
+    with pytest.raises(TooLongError):
+        run(mine.history("b"))
+    conversation = run(conversations.create({}, [item("a")]))
+    with pytest.raises(TooLongError):
+        run(conversations.add(conversation.id, [item("b"), item("c")]))
