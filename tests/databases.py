@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import pytest
 from sqlalchemy import make_url
 
 PASSWORD = "geheim"
@@ -131,6 +132,17 @@ def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
             await connection.close()
 
     return asyncio.run(run())
+
+
+@contextmanager
+def address(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    """For a fixture with the parameters "sqlite" and "postgresql": a database without tables of the kind at hand."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{folder / 'gale.db'}"
+        return
+    server: PostgresqlServer = request.getfixturevalue("postgresql")
+    with server.database() as url:
+        yield url
 
 
 def _user() -> pwd.struct_passwd | None:

@@ -21,6 +21,7 @@ from gale.platform.store import Store
 from gale.server import batch_lines, openai_batches
 from gale.server.batch_journal import Journal
 from gale.server.batch_lines import lines, validate
+from tests.databases import address
 from tests.server.live import Live, eventually, start
 from tests.server.scripted_engine import ScriptedEngine
 
@@ -36,14 +37,15 @@ def jsonl(*rows: dict[str, Any]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("batches")
-    store = Store.open(f"sqlite:///{folder / 'gale.db'}", files=folder / "files")
-    live = start(store)
-    yield live
-    live.stop()
-    store.close()
+    with address(request, folder) as url:
+        store = Store.open(url, files=folder / "files")
+        live = start(store)
+        yield live
+        live.stop()
+        store.close()
 
 
 @pytest.fixture

@@ -16,21 +16,23 @@ from openai import OpenAI
 from gale.platform.access import LOCAL_OWNER
 from gale.platform.files import FileLimits
 from gale.platform.store import Store
+from tests.databases import address
 from tests.server.live import Live, start
 
 TEXT = b'{"text": "Gr\xc3\xbc\xc3\x9fe"}\n' * 1000
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server that takes files of at most 2 MiB, parts of at most 1 MiB, and 8 MiB of a project."""
     folder = tmp_path_factory.mktemp("files")
     limits = FileLimits(file_bytes=2**21, upload_bytes=2**22, part_bytes=2**20, project_bytes=2**23)
-    store = Store.open(f"sqlite:///{folder / 'gale.db'}", files=folder / "files", file_limits=limits)
-    live = start(store)
-    yield live
-    live.stop()
-    store.close()
+    with address(request, folder) as url:
+        store = Store.open(url, files=folder / "files", file_limits=limits)
+        live = start(store)
+        yield live
+        live.stop()
+        store.close()
 
 
 @pytest.fixture

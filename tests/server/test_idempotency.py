@@ -17,6 +17,8 @@ from gale.platform.access import LOCAL_OWNER
 from gale.server import idempotent
 from tests.server.live import Live, eventually
 
+pytestmark = pytest.mark.both_databases
+
 PATH = "/v1/chat/completions"
 
 
