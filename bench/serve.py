@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,7 +183,7 @@ def make_models(folder: Path, shape: str, peers: Path | None) -> None:
 
 def compare(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """All contenders, taking turns."""
-    contenders = start_all(folder, asked)
+    contenders = list(starting(folder, asked))
     for _ in range(asked.rounds):
         for column in COLUMNS:
             for contender in contenders:
@@ -217,14 +218,12 @@ def compare(folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def start_all(folder: Path, asked: argparse.Namespace) -> list[Contender]:
-    """All that were asked for and can run here."""
-    contenders = []
+def starting(folder: Path, asked: argparse.Namespace) -> Iterator[Contender]:
+    """All that were asked for and can run here, each started when its turn comes."""
     for label, (engine, _) in CONTENDERS.items():
         other = engine in ("llama.cpp", "OpenVINO")
         if (asked.peers or not other) and (not asked.only or label in asked.only):
-            contenders.append(start(label, folder, asked))
-    return contenders
+            yield start(label, folder, asked)
 
 
 def start(label: str, folder: Path, asked: argparse.Namespace, **variables: str) -> Contender:
@@ -313,7 +312,7 @@ def neighbour(asked: argparse.Namespace) -> None:
     print("|---" * (1 + 3 * len(columns)) + "|")
     for shape in asked.shapes:
         make_models(asked.work / shape, shape, asked.peers)
-        for contender in start_all(asked.work / shape, asked):
+        for contender in starting(asked.work / shape, asked):
             beside = Contender(contender.label, contender.process)
             for _ in range(asked.rounds):
                 for column in columns:
@@ -322,6 +321,7 @@ def neighbour(asked: argparse.Namespace) -> None:
                         beside.measure(column)
                         busy.kill()
             contender.process.terminate()
+            contender.process.wait()
             cells = []
             for column in columns:
                 pairs = list(zip(contender.speeds[column], beside.speeds[column], strict=True))

@@ -16,7 +16,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 # Options of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 # Larger than what a step computes between two layers, and how much of that is kept for the next step.
-_LARGE_BYTES, _KEPT_BYTES = 4 * 2**20, 64 * 2**20
+_LARGE_BYTES, _KEPT_BYTES = 4 * 2**20, 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +60,24 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Let the C library hand back what is large, such as keys and values, as soon as it is freed; for work that lasts.
+    """Let the C library hand back what was freed, and from now on what is large, such as keys and values, at once.
 
-    Left alone it keeps pieces of up to 32 MiB for itself once one of them was freed, and what is asked for next seldom
-    fits into the gaps: measured, a sixth of an engine's memory. Without glibc nothing is done.
+    For work that lasts. Left alone it keeps pieces of up to 32 MiB for itself once one of them was freed, and what is
+    asked for next seldom fits into the gaps: measured, a sixth of an engine's memory. Without glibc nothing is done.
     """
-    _set_thresholds(trim=_KEPT_BYTES, mmap=_LARGE_BYTES)
+    if (library := _set_thresholds(trim=_KEPT_BYTES, mmap=_LARGE_BYTES)) is not None:
+        library.malloc_trim(0)
 
 
-def _set_thresholds(*, trim: int, mmap: int) -> None:
+def _set_thresholds(*, trim: int, mmap: int) -> ctypes.CDLL | None:
+    """The C library if it is one that has such thresholds, that is glibc."""
     try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # not glibc
-        return
-    set_option(_TRIM_THRESHOLD, trim)
-    set_option(_MMAP_THRESHOLD, mmap)
+        library = ctypes.CDLL(None)
+        library.mallopt(_TRIM_THRESHOLD, trim)
+        library.mallopt(_MMAP_THRESHOLD, mmap)
+    except (OSError, TypeError, AttributeError):
+        return None
+    return library
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -137,6 +137,7 @@ class LocalEngine:
             return model
 
         model, guesser = opened(folder), None if draft is None else opened(draft)
+        return_freed_memory()  # of what was only in between
         tokenizer = load_tokenizer(folder, model.config)
         if tokenizer.chat_template is None:
             log.warning("model_has_no_chat_template", model=str(folder), using="a plain transcript")

@@ -53,15 +53,13 @@ class PackedAttention:
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         window = self._windows[layer] if self._windows else 0
-        out: Tensor = packed_attention(
-            q_NHD, k_NKD, v_NKD, self.gather_BL, self.place_N, self.sizes_B, window, self._softcap
-        )
+        # The operator loads the compiler when it is first called, which those who only read need not wait for.
+        compute = packed_attention if torch.compiler.is_compiling() or torch.is_grad_enabled() else _attention
+        out: Tensor = compute(q_NHD, k_NKD, v_NKD, self.gather_BL, self.place_N, self.sizes_B, window, self._softcap)
         return out
 
 
-# A custom operator, so that torch.compile takes it as one opaque step instead of compiling anew for every packing.
-@torch.library.custom_op("gale::packed_attention", mutates_args=())
-def packed_attention(
+def _attention(
     q_NHD: Tensor,
     k_NKD: Tensor,
     v_NKD: Tensor,
@@ -83,6 +81,10 @@ def packed_attention(
         k_MSD, v_MSD = (_keys(x_MLD, len(q_MRD), block).contiguous() for x_MLD in (k_MLD, v_MLD))
         torch.bmm(_probabilities(q_MRD, k_MSD, window, softcap)[0], v_MSD, out=out_MRD)
     return _put_back(out_PD, _slots(place_N, blocks, gather_BL.shape[1]), _QUERY_BLOCK, q_NHD)
+
+
+# A custom operator, so that torch.compile takes it as one opaque step instead of compiling anew for every packing.
+packed_attention = torch.library.custom_op("gale::packed_attention", _attention, mutates_args=())
 
 
 @packed_attention.register_fake

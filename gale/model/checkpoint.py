@@ -102,7 +102,9 @@ def assembling(
         model = Decoder(config).to(dtype)
     for module in model.modules():
         if isinstance(module, ExpertWeights):
-            module.to_empty(device=device)
+            # As to_empty does, which loads torch's compiler for it.
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=device)))
     places = dict(_places(model))
 
     def take(name: str, weight: Tensor) -> int:

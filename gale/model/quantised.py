@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,90 +43,87 @@ def quantise(model: Decoder, weights: Weights, folder: Path | None = None) -> th
     if bits < 16 and model.embed_tokens.weight.device.type != "cpu":
         raise ModelError("int8 and int4 weights are for CPUs.", hint="Leave out --weights on a GPU.")
     # By name: a list of the layers would hold them all until the end.
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | ExpertWeights)]
-    wanted = {name: 16 if name.endswith(ROUTER) else 8 if name == "lm_head" and bits == 4 else bits for name in names}
-    packer = _Packer(model, wanted, None if folder is None or bits == 16 else KeptWeights(folder, bits))
-    for name in names:
-        packer.replace(name)
+    own = {
+        name: 16 if name.endswith(ROUTER) else 8 if name == "lm_head" and bits == 4 else bits
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | ExpertWeights)
+    }
+    packer = _Packer(model, own, None if folder is None or bits == 16 else KeptWeights(folder, bits))
+    writing = packer.run()
     model.native = NativeLayers(model) if NativeLayers.serve(model) else None
-    return packer.keep()
+    return writing
 
 
 class _Packer:
-    """Replaces layers of ``model``, each by one of so many bits; what is to be rounded is taken from ``kept`` where it
-    fits. For the kernels all stand one behind the other in huge pages.
-    """
+    """Replaces the layers of ``model`` that ``bits`` names; what is to be rounded is taken from ``kept`` if it fits."""
 
     def __init__(self, model: Decoder, bits: dict[str, int], kept: KeptWeights | None) -> None:
         self._model = model
-        self._bits = bits
+        like = model.embed_tokens.weight
+        packs_bf16 = like.dtype is torch.bfloat16 and like.device.type == "cpu" and kernels.has_bf16()
+        shapes = {name: [weight.shape for _, weight in self._matrices(name)] for name in bits}
+        self._bits = {
+            name: own
+            for name, own in bits.items()
+            if own < 16 or (packs_bf16 and all(inputs % 2 == 0 for _, inputs in shapes[name]))
+        }
         self._kept = kept
         self._rounded: dict[str, Tensor] = {}
         self._complete = True  # all that is rounded was kept
-        like = model.embed_tokens.weight
-        self._packs_bf16 = like.dtype is torch.bfloat16 and like.device.type == "cpu" and kernels.has_bf16()
         self._memory: HugePages | None = None
         if kernels.available():
-            shapes = [(bits[name], *weight_OI.shape) for name in bits for _, weight_OI in self._matrices(name)]
-            self._memory = HugePages(HugePages.needed([kernels.packed_sizes(*shape)[0] for shape in shapes]))
+            sizes = [kernels.packed_sizes(own, *shape)[0] for name, own in self._bits.items() for shape in shapes[name]]
+            self._memory = HugePages(HugePages.needed(sizes))
 
-    def replace(self, name: str) -> None:
-        """One layer, or all experts of one; a layer that cannot be packed stays."""
-        old = self._model.get_submodule(name)
-        matrices = self._matrices(name)
-        if not matrices:
-            return
-        new: nn.Module
-        if isinstance(old, ExpertWeights):
-            packed = [self._pack(full_name, self._bits[name], weight_OI) for full_name, weight_OI in matrices]
-            new = PackedExperts(packed[: len(packed) // 2], packed[len(packed) // 2 :])
-        else:
-            assert isinstance(old, nn.Linear)
-            new = self._pack(name, self._bits[name], old.weight.detach(), old.bias)
-            # In the bf16 of a tied head is the embedding, which is read again where it is looked at.
-            if forget(old.weight) and old.weight is not self._model.embed_tokens.weight:
+    def run(self) -> threading.Thread | None:
+        """Do it, and write what was rounded for the next time, if any was; the thread that does it."""
+        for name, bits in self._bits.items():
+            old: Any = self._model.get_submodule(name)
+            bias = old.bias if isinstance(old, nn.Linear) else None
+            layers = [self._pack(full, bits, weight_OI, bias) for full, weight_OI in self._matrices(name)]
+            new: nn.Module = layers[0]
+            if isinstance(old, ExpertWeights):
+                new = PackedExperts(layers[: len(layers) // 2], layers[len(layers) // 2 :])
+            # A tied head is the embedding, too, which is read again where it is looked at.
+            elif forget(old.weight) and old.weight is not self._model.embed_tokens.weight:
                 self._model.mapped_bytes -= old.weight.nbytes
-        parent, _, child = name.rpartition(".")
-        setattr(self._model.get_submodule(parent), child, new)
-
-    def keep(self) -> threading.Thread | None:
-        """Write what was rounded for the next time, if any was; the thread that does it."""
+            parent, _, child = name.rpartition(".")
+            setattr(self._model.get_submodule(parent), child, new)
         return None if self._kept is None or self._complete else self._kept.keep(self._rounded)
 
     def _matrices(self, name: str) -> list[tuple[str, Tensor]]:
-        """The matrices of a layer, each with a name: one, or of all experts first the gates, then the others; none
-        where they cannot be packed.
-        """
+        """The matrices of a layer by name; of experts first those of all that come first."""
         layer = self._model.get_submodule(name)
-        found: list[tuple[str, Tensor]] = [(name, layer.weight.detach())] if isinstance(layer, nn.Linear) else []
-        if isinstance(layer, ExpertWeights):
-            for kind in ("gate_up_proj", "down_proj"):
-                stack_EOI = getattr(layer, kind).detach()
-                found += [(f"{name}.{kind}.{expert}", weight_OI) for expert, weight_OI in enumerate(stack_EOI)]
-        can = self._bits[name] < 16 or (self._packs_bf16 and all(weight.shape[-1] % 2 == 0 for _, weight in found))
-        return found if can else []
+        if isinstance(layer, nn.Linear):
+            return [(name, layer.weight.detach())]
+        assert isinstance(layer, ExpertWeights)
+        stacks = {kind: getattr(layer, kind).detach() for kind in ("gate_up_proj", "down_proj")}
+        return [
+            (f"{name}.{kind}.{expert}", weight) for kind, stack in stacks.items() for expert, weight in enumerate(stack)
+        ]
 
-    def _pack(self, name: str, bits: int, weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedLinear:
+    def _pack(self, name: str, bits: int, weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
         outputs, inputs = weight_OI.shape
-        packed = scales = None
-        if self._kept is not None and bits < 16:
-            packed, scales = self._kept.get(f"{name}.packed"), self._kept.get(f"{name}.scales")
-        if packed is None or scales is None or not _fit(bits, outputs, inputs, packed, scales):
-            packed, scales = round_weight(bits, weight_OI)
-            self._complete = False
-        elif self._memory is None:
-            self._model.mapped_bytes += packed.nbytes
+        found = self._find(name, bits, outputs, inputs) if bits < 16 else None
+        packed, scales = found or round_weight(bits, weight_OI)
         if self._memory is not None:
-            mapped, packed, scales = packed, self._memory.keep(packed), scales.clone()
-            forget(mapped)
+            packed, read, scales = self._memory.keep(packed), packed, scales.clone()
+            forget(read)
+        elif found:
+            self._model.mapped_bytes += packed.nbytes
         if bits < 16:
             self._rounded |= {f"{name}.packed": packed, f"{name}.scales": scales}
+            self._complete = self._complete and found is not None
         return PackedLinear(bits, inputs, outputs, packed, scales, bias_O)
 
-
-def _fit(bits: int, outputs: int, inputs: int, packed: Tensor, scales: Tensor) -> bool:
-    """Whether what was kept is of this layer's size: the kernels read as much as the layer says."""
-    if not kernels.available():
-        return packed.dtype is torch.int8 and len(packed) == len(scales) == outputs
-    sizes = kernels.packed_sizes(bits, outputs, inputs)
-    return (packed.dtype, scales.dtype, packed.numel(), scales.numel()) == (torch.uint8, torch.float32, *sizes)
+    def _find(self, name: str, bits: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor] | None:
+        """What was kept of a matrix, if it is of its size: the kernels read as much as the layer says."""
+        packed, scales = (self._kept.get(f"{name}.{part}") if self._kept else None for part in ("packed", "scales"))
+        if packed is None or scales is None:
+            return None
+        if kernels.available():
+            sizes = kernels.packed_sizes(bits, outputs, inputs)
+            fits = (packed.dtype, scales.dtype, packed.numel(), scales.numel()) == (torch.uint8, torch.float32, *sizes)
+        else:
+            fits = packed.dtype is torch.int8 and len(packed) == len(scales) == outputs
+        return (packed, scales) if fits else None

@@ -158,7 +158,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocabulary_size, config.hidden_size)
+        # Not drawn by torch, which without memory ("meta") loads its compiler for that: a second, and 70 MB.
+        blank_VC = torch.empty(config.vocabulary_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(blank_VC, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, unit_offset=config.unit_offset_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False)
@@ -171,8 +173,11 @@ class Decoder(nn.Module):
         """Set what is not stored: the tied head and the rotary frequencies. Call after ``to_empty``."""
         if self.config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        device = self.embed_tokens.weight.device
+        if device.type == "meta":  # nothing is computed there, and torch would load its compiler to do so
+            return
         # Not a buffer: the rotary frequencies must stay fp32 when the weights are cast to bf16.
-        with torch.device(self.embed_tokens.weight.device):
+        with torch.device(device):
             self._frequencies = {False: rotary_frequencies(self.config)}
             if self.config.local_rope_theta is not None:
                 self._frequencies[True] = rotary_frequencies(self.config, local=True)
@@ -218,7 +223,8 @@ class Decoder(nn.Module):
         frequencies_D = self._frequencies[local] = self._frequencies[local].to(positions_N.device)  # it may have moved
         scaling = None if local else self.config.rope_scaling
         scale = 1.0 if scaling is None else scaling.attention_factor
-        tables: tuple[Tensor, Tensor] = rotary_tables(positions_N, frequencies_D, dtype, scale)
+        compute = rotary_tables if torch.compiler.is_compiling() else _tables
+        tables: tuple[Tensor, Tensor] = compute(positions_N, frequencies_D, dtype, scale)
         return tables
 
     def initialise(self, seed: int) -> None:
@@ -234,11 +240,7 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
 
 
-# A custom operator, so that torch.compile does not compute sines and cosines anew in every kernel that uses them.
-@torch.library.custom_op("gale::rotary_tables", mutates_args=())
-def rotary_tables(
-    positions_N: Tensor, frequencies_D: Tensor, dtype: torch.dtype, scale: float
-) -> tuple[Tensor, Tensor]:
+def _tables(positions_N: Tensor, frequencies_D: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
     """``scale`` times cosine and sine [N, 1, D] of each position times each of the D/2 frequencies."""
     angles_ND = torch.outer(positions_N.float(), frequencies_D)
     angles_ND = torch.cat((angles_ND, angles_ND), dim=-1)[:, None]
@@ -246,6 +248,10 @@ def rotary_tables(
     if scale != 1:
         cos_ND, sin_ND = cos_ND * scale, sin_ND * scale
     return cos_ND.to(dtype), sin_ND.to(dtype)
+
+
+# A custom operator, so that torch.compile does not compute sines and cosines anew in every kernel that uses them.
+rotary_tables = torch.library.custom_op("gale::rotary_tables", _tables, mutates_args=())
 
 
 @rotary_tables.register_fake

@@ -90,14 +90,13 @@ def back_up(path: Path, copy: Path) -> None:
     The copy is what was committed, even while the caller holds the write lock.
     """
     try:
-        with files.new_file(copy) as temporary:
-            os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with (
-                contextlib.closing(sqlite3.connect(path)) as source,
-                contextlib.closing(sqlite3.connect(temporary)) as target,
-            ):
-                source.execute("PRAGMA query_only = ON")
-                source.backup(target)
+        with (
+            files.new_file(copy, private=True) as temporary,
+            contextlib.closing(sqlite3.connect(path)) as source,
+            contextlib.closing(sqlite3.connect(temporary)) as target,
+        ):
+            source.execute("PRAGMA query_only = ON")
+            source.backup(target)
     except (GaleError, sqlite3.Error) as error:
         raise StoreError(
             f"No copy of {path} could be made, so it was not brought to its new shape: {error}",

@@ -67,14 +67,13 @@ def create_app(
     edge_limits: EdgeLimits | None = None,
     stream_limits: StreamLimits | None = None,
     origins: Origins | None = None,
-    home: Path | None = None,
     training_ray: str | None = None,
 ) -> FastAPI:
     """The ASGI application for one engine and one store, both of which the caller opens and closes.
 
     For loopback addresses only until ``store`` has accounts (see :mod:`gale.server.caller`). A ``lifecycle`` lets the
-    caller drain the application before stopping it; ``origins`` says which web pages may use it. Fine-tuning jobs work
-    in ``home`` (GALE_HOME if not given) and train on the Ray cluster at ``training_ray``, if there is one.
+    caller drain the application before stopping it; ``origins`` says which web pages may use it.
+    Fine-tuning jobs train on the Ray cluster at ``training_ray``, if there is one.
     """
     origins, identities = origins or Origins(), store.identities()
     lifecycle = lifecycle or Lifecycle()
@@ -86,10 +85,9 @@ def create_app(
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
-    models, supervisor = _tuning(engine, store, lifecycle, home or settings().home, training_ray)
+    models, supervisor = _tuning(engine, store, lifecycle, training_ray)
     app.include_router(fine_tuning.routes(engine, store, models, supervisor))
-    moderator = Moderator()
-    answering = _answering(engine, store, moderator, lifecycle, stream_limits)
+    answering = _answering(engine, store, lifecycle, stream_limits)
     for router in answering:
         app.include_router(router)
     app.include_router(openai_models.routes(engine))
@@ -120,11 +118,12 @@ def create_app(
 
 
 def _tuning(
-    engine: Engine, store: Store, lifecycle: Lifecycle, home: Path, ray: str | None
+    engine: Engine, store: Store, lifecycle: Lifecycle, ray: str | None
 ) -> tuple[FineTunedModels | None, TuningSupervisor | None]:
     """What trains beside the server and serves the result, where the engine is one that can."""
     if not isinstance(engine, AdapterHost) or engine.folder is None:
         return None, None
+    home = settings().home
     models = FineTunedModels(store.database, engine, home)
     store.metering.visible = models.visible
 
@@ -138,12 +137,9 @@ def _tuning(
     return models, supervisor
 
 
-def _answering(
-    engine: Engine, store: Store, moderator: Moderator, lifecycle: Lifecycle, limits: StreamLimits
-) -> list[APIRouter]:
+def _answering(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLimits) -> list[APIRouter]:
     """The routes that ask a model."""
     routers = [
-        openai_moderations.routes(moderator, lifecycle),
         openai_chat.routes(engine, lifecycle, limits),
         openai_completions.routes(engine, lifecycle, limits),
         openai_responses.routes(engine, store, lifecycle, limits),

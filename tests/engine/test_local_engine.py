@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gale.core.errors import ModelError
+from gale.core.settings import settings
 from gale.engine.local import LocalEngine
 from gale.engine.options import EngineOptions
 from gale.engine.request import (
@@ -30,7 +34,7 @@ from gale.model.transformer import Decoder
 from gale.text.template import ChatTemplate, Message
 from gale.text.tokenizer import Tokenizer
 from tests.engine.conftest import answer, user
-from tests.tiny_model import MIXTURE, make_model
+from tests.tiny_model import MIXTURE, make_model, save_folder
 
 MakeEngine = Callable[..., LocalEngine]
 SHORT, LONG = "Where does the river go?", "The wind came over the hill. 门关上了。 " * 30
@@ -312,3 +316,23 @@ def test_close_ends_open_requests(make_engine: MakeEngine) -> None:
             await answer(engine, SHORT)
 
     asyncio.run(run())
+
+
+def test_answering_and_scoring_load_no_compiler(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """It takes a second at start or at the first answer, and 70 MB for ever."""
+    script = """
+import asyncio, sys
+from pathlib import Path
+from gale.engine.local import LocalEngine
+from gale.engine.request import SamplingParams
+
+async def main(engine):
+    assert [event async for event in engine.complete([5, 6], SamplingParams(max_tokens=2))]
+    engine.log_likelihood([5, 6, 7])
+
+asyncio.run(main(LocalEngine.load(Path(sys.argv[1]), weights="int8")))
+assert not {"torch._dynamo", "sympy"} & sys.modules.keys()
+"""
+    folder = save_folder(tokenizer, tmp_path / "tiny", **MIXTURE)
+    environment = {**os.environ, "GALE_HOME": str(settings().home)}
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, env=environment)

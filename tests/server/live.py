@@ -45,7 +45,6 @@ def start(
     grace_s: float = 0.2,
     engine: Any = None,
     origins: Origins | None = None,
-    home: Path | None = None,
 ) -> Live:
     """Run the application in a thread of its own until ``stop``; the engine is a scripted one unless given."""
     engine, lifecycle, ready = engine or ScriptedEngine(), Lifecycle(grace_s), threading.Event()
@@ -57,7 +56,6 @@ def start(
         edge_limits=edge_limits,
         stream_limits=stream_limits,
         origins=origins,
-        home=home,
     )
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]

@@ -25,10 +25,10 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.fixture
-def server(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Live]:
-    engine = LocalEngine.load(save_folder(tokenizer, tmp_path / "tiny"))
-    store = Store.open(f"sqlite:///{tmp_path / 'gale.db'}", files=tmp_path / "files")
-    live = start(store, engine=engine, home=tmp_path)
+def server(tokenizer: Tokenizer, gale_home: Path) -> Iterator[Live]:
+    engine = LocalEngine.load(save_folder(tokenizer, gale_home / "tiny"))
+    store = Store.open(f"sqlite:///{gale_home / 'gale.db'}")
+    live = start(store, engine=engine)
     yield live
     live.stop()
     asyncio.run(engine.close())
