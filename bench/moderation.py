@@ -1,6 +1,6 @@
 """The moderation classifier beside a linear model of character n-grams that saw the same rows.
 
-    python bench/moderation.py
+    .venv/bin/python -m bench.moderation
 
 The linear model (TF-IDF of one to four characters, logistic regression by scikit-learn, which comes with
 lm-evaluation-harness) is trained on the training part of ``recipes/moderation/data.toml``, the classifier's own; its

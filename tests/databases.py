@@ -58,9 +58,15 @@ class PostgresqlServer:
             "fsync = off\nfull_page_writes = off\nshared_buffers = 16MB\n"
         )
 
-        # Ends the server when our end of its pipe closes, as it also does when this process is killed.
+        # Ends the server and removes its folder when our end of the pipe closes, even because this process was killed.
         self._guard = subprocess.Popen(
-            ["sh", "-c", 'read _; "$0" stop --mode=immediate --pgdata="$1"', folder / "pg_ctl", self.home / "data"],
+            [
+                "sh",
+                "-c",
+                'read _; "$0" stop --mode=immediate --pgdata="$1/data"; cd /; rm -r "$1"',
+                folder / "pg_ctl",
+                self.home,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -79,7 +85,6 @@ class PostgresqlServer:
     def remove(self) -> None:
         """Stop it for good."""
         self._guard.communicate()
-        shutil.rmtree(self.home)
 
     def url(self, name: str = "postgres") -> str:
         """The address of one of its databases."""
@@ -103,7 +108,7 @@ class PostgresqlServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                timeout=120,
+                timeout=600,
                 **self._as_user,
             )
             output.seek(0)

@@ -130,7 +130,7 @@ class Labelling(Objective[RewardModel]):
         return self.training.describe(first_row, rows)
 
     def evaluate(self, model: RewardModel, world: World) -> dict[str, float]:
-        """Loss over the validation rows, and the accuracy of each label for each source, at logit 0."""
+        """Loss over the validation rows; accuracies at logit 0 of each label, for sources that have it both ways."""
         # Every process computes all rows: there are few, and none may wait for one that has none left.
         logits, right = _logits(model, self.validation)
         nats = np.nansum(np.logaddexp(0, logits) - right * logits)
@@ -139,7 +139,7 @@ class Labelling(Objective[RewardModel]):
         for source in sorted(set(sources)):
             for place, label in enumerate(self.labels):
                 chosen = (sources == source) & ~np.isnan(right[:, place])
-                if chosen.any():
+                if len(set(right[chosen, place])) > 1:
                     hits = (logits[chosen, place] > 0) == (right[chosen, place] == 1)
                     figures[f"{source}_{label}_accuracy"] = float(hits.mean())
         return figures

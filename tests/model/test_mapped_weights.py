@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gale.core.device import return_freed_memory
 from gale.model import kernels
 from gale.model.checkpoint import load_model, save_model
 from gale.model.config import ModelConfig
@@ -59,8 +60,9 @@ def test_packed_weights_take_the_place_of_the_file_in_memory(folder: Path, weigh
     model = load_model(folder, dtype=torch.bfloat16)
     assert torch.isfinite(sum(parameter.sum() for parameter in model.parameters()))
     quantise(model, weights)
-    # The tied embedding is in the file, too, and is read from there again where it is looked at.
-    assert memory("Rss") - before < size * stored + 0.1 * stored
+    return_freed_memory()
+    # Where the file stayed beside them it would be all of it more. A small model has some waste.
+    assert memory("Rss") - before < size * stored + 0.25 * stored
     assert model.mapped_bytes < 1.1 * model.embed_tokens.weight.nbytes
     assert torch.equal(model.embed_tokens.weight, load_model(folder, dtype=torch.bfloat16).embed_tokens.weight)
 

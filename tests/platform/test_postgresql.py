@@ -20,7 +20,7 @@ from gale.platform.database import Database
 from tests.databases import PASSWORD, PostgresqlServer, execute
 from tests.platform.rows import count, increment, insert, number, run
 
-SLEEP = text("SELECT pg_sleep(2)")
+SLEEP = text("SELECT pg_sleep(3)")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def database(url: str) -> Iterator[Database]:
 
 
 def test_servers_that_cannot_be_used(postgresql: PostgresqlServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(module, "PATIENCE_S", 2.0)
     good = make_url(url)
     for wrong, message in [
         (good.set(port=1), "cannot be reached"),
@@ -116,38 +116,38 @@ def test_a_collision_without_end_is_given_up(database: Database, url: str, monke
     assert caught.value.hint
 
 
-def test_rows_that_another_program_locks_are_not_waited_for_without_end(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
-    database, other = Database.open(url), Database.open(url)
+def test_rows_that_another_program_locks_are_not_waited_for_without_end(database: Database, url: str) -> None:
+    other = Database.open(url)
     run(database.write(insert))
 
     def lock(connection: Connection) -> None:
         increment(connection)
         connection.execute(SLEEP)
 
+    def impatiently(connection: Connection) -> None:
+        connection.execute(text("SET LOCAL lock_timeout = 300"))
+        increment(connection)
+
     async def both() -> None:
         holding = asyncio.create_task(other.write(lock))
         await asyncio.sleep(0.5)
         with pytest.raises(StoreError, match="lock timeout"):
-            await database.write(lambda connection: connection.execute(text("UPDATE conversations SET title = 'x'")))
+            await database.write(impatiently)
         await holding
 
     run(both())
-    database.close()
     other.close()
 
 
 def test_a_busy_pool_is_a_message_in_bounded_time_and_recovers(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     monkeypatch.setattr(module, "CONNECTIONS", 2)
     database = Database.open(url)
 
     async def many() -> list[object]:
         return await asyncio.gather(
             *(database.read(lambda connection: connection.execute(SLEEP).scalar()) for _ in range(6)),
-            *(database.write(lambda connection: connection.execute(SLEEP).scalar()) for _ in range(3)),
+            *(database.write(lambda connection: connection.execute(SLEEP).scalar()) for _ in range(2)),
             return_exceptions=True,
         )
 
@@ -201,9 +201,9 @@ def test_a_restarted_server_is_found_again(
 def test_a_stopped_server_is_a_message_until_it_is_back(
     url: str, postgresql: PostgresqlServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
     database = Database.open(url)
     run(database.write(insert))
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
     postgresql.stop("fast")
     try:
         for work in (database.read(count), database.write(increment)):

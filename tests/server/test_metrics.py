@@ -24,11 +24,11 @@ def own(tmp_path: Path) -> Any:
 
 
 def read(server: Live) -> dict[tuple[str, ...], float]:
-    """Every sample by its name and the values of its labels."""
+    """Every sample by its name and the values of its labels, which stand in the order of their names."""
     response = server.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
@@ -36,16 +36,17 @@ def read(server: Live) -> dict[tuple[str, ...], float]:
 
 def test_requests_tokens_and_times_are_counted(own: Store, launch: Callable[..., Live], engine: LocalEngine) -> None:
     server = launch(store=own, engine=engine)
-    body = {"model": "tiny", "messages": HI, "max_tokens": 5, "temperature": 0}
+    # With scores every token is told of, whether it shows or not.
+    body = {"model": "tiny", "messages": HI, "max_tokens": 5, "temperature": 0, "logprobs": True}
     usage = server.http.post("/v1/chat/completions", json=body).json()["usage"]
     server.http.post("/v1/chat/completions", json={**body, "model": "none"})
     server.http.get("/no/such/../place")
     eventually(lambda: ("gale_tokens_total", "completions", "prompt") in read(server))
     samples = read(server)
     route = "/v1/chat/completions"
-    assert samples["gale_requests_total", route, "POST", "200"] == 1
-    assert samples["gale_requests_total", route, "POST", "404"] == 1
-    assert samples["gale_requests_total", "none", "GET", "404"] == 1
+    assert samples["gale_requests_total", "POST", route, "200"] == 1
+    assert samples["gale_requests_total", "POST", route, "404"] == 1
+    assert samples["gale_requests_total", "GET", "none", "404"] == 1
     assert samples["gale_request_seconds_count", route] == 2
     assert samples["gale_tokens_total", "completions", "prompt"] == usage["prompt_tokens"]
     assert samples["gale_tokens_total", "completions", "answer"] == usage["completion_tokens"]
@@ -60,7 +61,7 @@ def test_open_streams_are_counted_while_they_are_open(own: Store, launch: Callab
     server = launch(store=own)
     body = {"model": "scripted/one", "messages": [{"role": "user", "content": "endless"}], "stream": True}
     with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
-        next(response.iter_lines())
+        assert next(response.iter_lines()).startswith("data:"), response.text
         assert read(server)["gale_open_streams",] == 1
     eventually(lambda: read(server)["gale_open_streams",] == 0)
     assert ("gale_engine_running",) not in read(server), "this engine does not say"

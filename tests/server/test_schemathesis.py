@@ -26,7 +26,7 @@ EXAMPLES = 12
 
 
 @pytest.fixture
-def keyed(tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> Iterator[tuple[Live, Keys]]:
+def keyed(tmp_path: Path, gale_home: Path, model: Decoder, tokenizer: Tokenizer) -> Iterator[tuple[Live, Keys]]:
     """A server of its own, as what is sent may make accounts, and whoever makes the first has to have a key then."""
     url = f"sqlite:///{tmp_path / 'gale.db'}"
     store, engine = (
@@ -34,7 +34,7 @@ def keyed(tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> Iterator[tupl
         LocalEngine(model, tokenizer, model_id="tiny"),
     )
     keys = make_keys(store)
-    server = start(store, engine=engine, home=tmp_path)
+    server = start(store, engine=engine)
     yield server, keys
     server.stop()
     asyncio.run(engine.close())
