@@ -14,6 +14,7 @@ def test_the_link_signs_one_browser_in_and_the_others_out(browser: Browser, serv
     link = served.process.stdout.readline().split()[-1]
     assert link.startswith(f"{served.url}/#sign-in=")
     mine, other = browser.new_context(locale="en-GB"), browser.new_context(locale="zh-CN")
+    expect.set_options(timeout=20_000)
     try:
         page = mine.new_page()
         page.goto(served.url)
@@ -22,7 +23,7 @@ def test_the_link_signs_one_browser_in_and_the_others_out(browser: Browser, serv
 
         page.goto(link)
         expect(page.get_by_test_id("sign-out")).to_be_visible()
-        assert page.url == f"{served.url}/", "the token does not stay in the address"
+        expect(page).to_have_url(f"{served.url}/")  # the token does not stay in the address
         page.get_by_test_id("composer").fill("Hello!")
         page.get_by_test_id("composer").press("Enter")
         expect(page.get_by_test_id("message-assistant")).to_have_attribute("data-status", "complete")
@@ -39,5 +40,6 @@ def test_the_link_signs_one_browser_in_and_the_others_out(browser: Browser, serv
         page.get_by_test_id("sign-out").click()
         expect(page.get_by_test_id("signed-out")).to_contain_text("Please sign in")
     finally:
+        expect.set_options(timeout=5_000)
         mine.close()
         other.close()

@@ -89,24 +89,26 @@ def _files(tenant: Tenant) -> None:
     tenant.ids["upload_id"] = tenant.make("/v1/uploads", body)["id"]
 
 
-def _batches(tenant: Tenant) -> None:
-    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
-    row = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": chat}).encode()
-    uploaded = tenant.send("POST", "/v1/files", files={"file": ("a.jsonl", row)}, data={"purpose": "batch"}).json()
-    body = {"input_file_id": uploaded["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-    tenant.ids["batch_id"] = tenant.make("/v1/batches", body)["id"]
-
-
-def _budgets(tenant: Tenant) -> None:
-    body = {"scope": "project", "scope_id": tenant.ids["project_id"], "period": "total", "limit_micro": 10**15}
-    tenant.ids["budget_id"] = tenant.make("/v1/organization/budgets", body)["id"]
-
-
 def _jobs(tenant: Tenant) -> None:
     # Past the route, which wants a model that can be trained.
     asked = Asked("tiny", "tiny", "/", None, tenant.ids["file_id"], None, "supervised", {}, None, 1, None, {})
     files = tenant.store.files(tenant.actor)
     tenant.ids["job_id"] = asyncio.run(FineTuning(tenant.store.jobs, files, tenant.actor).create(asked)).id
+
+
+def _batches(tenant: Tenant) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}).encode()
+    file = tenant.send("POST", "/v1/files", files={"file": ("c.jsonl", line)}, data={"purpose": "batch"}).json()["id"]
+    asked = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    tenant.ids["batch_id"] = tenant.make("/v1/batches", asked)["id"]
+
+
+def _budgets(tenant: Tenant) -> None:
+    budget = {"scope": "project", "scope_id": tenant.ids["project_id"], "period": "total", "limit_micro": 10**12}
+    tenant.ids["budget_id"] = tenant.make("/v1/organization/budgets", budget)["id"]
+    # A limit has no id of its own: the project's, and what it is for.
+    tenant.ids["rate_limit_id"] = "rl-*"
 
 
 MAKERS: list[Callable[[Tenant], None]] = [
@@ -146,13 +148,13 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/conversations/{conversation_id}/items"): {
         "items": [{"type": "message", "role": "user", "content": "x"}]
     },
+    ("POST", "/v1/organization/projects/{project_id}/rate_limits/{rate_limit_id:path}"): {
+        "max_requests_per_1_minute": 900
+    },
     ("POST", "/v1/responses/{response_id}/cancel"): {},
+    ("POST", "/v1/batches/{batch_id}/cancel"): {},
     ("POST", "/v1/uploads/{upload_id}/complete"): {"part_ids": ["part_x"]},
     ("POST", "/v1/uploads/{upload_id}/cancel"): {},
-    ("POST", "/v1/batches/{batch_id}/cancel"): {},
-    ("POST", "/v1/organization/projects/{project_id}/rate_limits/{rate_limit_id:path}"): {
-        "max_requests_per_1_minute": 1000000
-    },
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): {},
     ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): {},
     ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): {},
@@ -162,10 +164,10 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
 FORMS = {("POST", "/v1/uploads/{upload_id}/parts"): {"data": ("part", b"x")}}
 
 # What is looked at by its id only, where it was made.
-UNLISTED = {"upload_id"}
+UNLISTED = {"upload_id", "rate_limit_id"}
 
-# Ids that are the same for everybody, below one that is not.
-COMMON = {"rate_limit_id": "rl-tiny"}
+# Ids that are the same for everybody, since they say something only below another one.
+COMMON = {"rate_limit_id"}
 
 # Ids that name nobody's things: the model, which all may use, and pages of the browser.
 SHARED = {"/v1/models/{model_id:path}", "/c/{conversation_id}"}
