@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, select, tuple_,
 
 from gale.platform import tables
 from gale.platform.access import Actor
+from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.errors import CursorError, NotFoundError
 from gale.platform.ids import new_id
@@ -79,7 +79,7 @@ class Conversations:
 
     async def create(self) -> Conversation:
         """A new, empty conversation; its title comes with the first question."""
-        now = _now()
+        now = now_us()
         conversation = Conversation(new_id("conv"), "", now, now, None)
 
         def work(connection: Connection) -> None:
@@ -197,7 +197,7 @@ class Conversations:
                     completion_tokens=completion_tokens,
                 )
             )
-            _update_conversation(connection, answer.conversation_id, {"updated_at": _now()})
+            _update_conversation(connection, answer.conversation_id, {"updated_at": now_us()})
             conversation = self._conversation(connection, answer.conversation_id)
             return _message(connection, conversation.id, answer.id), conversation
 
@@ -254,7 +254,7 @@ def _insert_message(
         select(func.max(table.c.created_at)).where(table.c.conversation_id == conversation_id)
     ).scalar()
     # Later than every message before it even if the clock was set back, so that order of creation is kept.
-    created_at = max(_now(), (latest or 0) + 1)
+    created_at = max(now_us(), (latest or 0) + 1)
     message = StoredMessage(
         new_id("msg"), conversation_id, parent_id, role, storable(content), status, model, created_at, None, None
     )
@@ -275,10 +275,6 @@ def _path_to(message: StoredMessage, messages: Sequence[StoredMessage]) -> list[
     while (parent_id := path[-1].parent_id) is not None:
         path.append(by_id[parent_id])
     return path[::-1]
-
-
-def _now() -> int:
-    return time.time_ns() // 1000
 
 
 def _encode_cursor(conversation: Conversation) -> str:

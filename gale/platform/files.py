@@ -7,7 +7,6 @@ moment leaves no bytes that no row knows of.
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +15,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, or_, select, up
 
 from gale.platform import tables
 from gale.platform.access import Actor
+from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, NotFoundError, PurposeError, StorageQuotaError
 from gale.platform.file_folder import ABANDONED_S, Digest, FileFolder, IncomingFile, digest, place
@@ -159,7 +159,7 @@ class Files:
         return file
 
     def _new(self, file_id: str, written: Digest, filename: str, purpose: str, lasts_s: int | None) -> File:
-        now = _now()
+        now = now_us()
         expires_at = None if lasts_s is None else now + lasts_s * 1_000_000
         name = storable(filename)
         return File(
@@ -176,7 +176,7 @@ class Files:
         return await self._database.write(work, durable=True)
 
     def _there(self) -> Select[Any]:
-        alive = or_(_TABLE.c.expires_at.is_(None), _TABLE.c.expires_at > _now())
+        alive = or_(_TABLE.c.expires_at.is_(None), _TABLE.c.expires_at > now_us())
         return select(_TABLE).where(_TABLE.c.project_id == self._project, _TABLE.c.status == "processed", alive)
 
     def _get(self, connection: Connection, file_id: str, *, lock: bool = False) -> File:
@@ -200,7 +200,7 @@ def check_quota(
         select(func.sum(uploads.c.bytes)).where(
             uploads.c.project_id == project_id,
             uploads.c.status.in_(("pending", "completing")),
-            uploads.c.expires_at > _now(),
+            uploads.c.expires_at > now_us(),
             uploads.c.id != (upload_id or ""),
         )
     ).scalar()
@@ -218,7 +218,7 @@ async def sweep(database: Database, folder: FileFolder, abandoned_s: float = ABA
     A file that a job still needs stays until the job ends.
     """
     await asyncio.to_thread(folder.sweep, abandoned_s)
-    now = _now()
+    now = now_us()
     before = now - int(abandoned_s * 1_000_000)
 
     def leave(connection: Connection) -> list[str]:
@@ -251,7 +251,3 @@ def _file(row: Any) -> File:
 
 def _values(file: File) -> dict[str, Any]:
     return {column.name: getattr(file, column.name) for column in _TABLE.columns}
-
-
-def _now() -> int:
-    return time.time_ns() // 1000

@@ -6,12 +6,12 @@ process the key is soon free again.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, insert, select, update
 
 from gale.platform import tables
+from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.text import storable
 
@@ -37,7 +37,7 @@ class Idempotency:
 
     async def begin(self, project_id: str, key: str, request_sha256: str) -> Earlier | None:
         """Take the key for a request; where another has it, that one."""
-        now = _now()
+        now = now_us()
 
         def work(connection: Connection) -> Earlier | None:
             here = (_TABLE.c.project_id == project_id) & (_TABLE.c.key == storable(key))
@@ -60,11 +60,13 @@ class Idempotency:
 
     async def prolong(self, project_id: str, key: str) -> None:
         """The request is still being answered."""
-        await self._set(project_id, key, expires_at=_now() + int(IN_PROGRESS_S * 1_000_000))
+        await self._set(project_id, key, expires_at=now_us() + int(IN_PROGRESS_S * 1_000_000))
 
     async def finish(self, project_id: str, key: str, status: int, response: str | None) -> None:
         """Keep the answer."""
-        await self._set(project_id, key, status=status, response=response, expires_at=_now() + int(KEPT_S * 1_000_000))
+        await self._set(
+            project_id, key, status=status, response=response, expires_at=now_us() + int(KEPT_S * 1_000_000)
+        )
 
     async def abandon(self, project_id: str, key: str) -> None:
         """Nothing came of it: the key is free."""
@@ -76,7 +78,7 @@ class Idempotency:
 
     async def sweep(self) -> None:
         """Forget what is over."""
-        now = _now()
+        now = now_us()
         await self._database.write(
             lambda connection: connection.execute(delete(_TABLE).where(_TABLE.c.expires_at <= now))
         )
@@ -87,7 +89,3 @@ class Idempotency:
                 update(_TABLE).where(_TABLE.c.project_id == project_id, _TABLE.c.key == storable(key)).values(**values)
             )
         )
-
-
-def _now() -> int:
-    return time.time_ns() // 1000

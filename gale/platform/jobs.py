@@ -7,7 +7,6 @@ counts the claims: whoever comes back late finds another's number there, and may
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from sqlalchemy import Connection, Row, Select, and_, func, insert, or_, select,
 
 from gale.platform import tables
 from gale.platform.access import Action, Actor
+from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, LeaseLostError, NotFoundError
 from gale.platform.ids import new_id
@@ -105,7 +105,7 @@ class Jobs:
             "scopes": None if actor.scopes is None else sorted(actor.scopes),
             "models": None if actor.models is None else sorted(actor.models),
         }
-        now = _now()
+        now = now_us()
         job = Job(
             new_id(prefix),
             actor.project,
@@ -176,7 +176,7 @@ class Jobs:
         """
 
         def work(connection: Connection) -> Job | None:
-            now = _now()
+            now = now_us()
             wanted = [and_(_TABLE.c.kind == kind, _TABLE.c.state.in_(sorted(states))) for kind, states in kinds.items()]
             free = or_(_TABLE.c.lease_until.is_(None), _TABLE.c.lease_until <= now)
             query = select(_TABLE).where(or_(*wanted), free).order_by(_TABLE.c.created_at, _TABLE.c.id)
@@ -197,7 +197,7 @@ class Jobs:
 
         def work(connection: Connection) -> Job:
             held = _held(connection, job)
-            values = {"lease_until": _now() + _microseconds(lease_s), "result": {**held.result, **(result or {})}}
+            values = {"lease_until": now_us() + _microseconds(lease_s), "result": {**held.result, **(result or {})}}
             return _updated(connection, held, values)
 
         return await self._database.write(work)
@@ -247,7 +247,7 @@ class Jobs:
     ) -> JobEvent:
         """Write down what happened, behind all that did before."""
         table = tables.job_events
-        event_id, now = new_id("jobevent"), _now()
+        event_id, now = new_id("jobevent"), now_us()
 
         def work(connection: Connection) -> JobEvent:
             # One after another, so that no two take the same position.
@@ -317,14 +317,10 @@ def _moved(
 
 def _updated(connection: Connection, job: Job, values: dict[str, Any]) -> Job:
     row = connection.execute(
-        update(_TABLE).where(_TABLE.c.id == job.id).values(updated_at=_now(), **values).returning(_TABLE)
+        update(_TABLE).where(_TABLE.c.id == job.id).values(updated_at=now_us(), **values).returning(_TABLE)
     ).one()
     return Job(*tuple(row))
 
 
 def _microseconds(seconds: float) -> int:
     return int(seconds * 1_000_000)
-
-
-def _now() -> int:
-    return time.time_ns() // 1000

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from sqlalchemy import Connection, Text, cast, delete, func, insert, select, upd
 from gale.core.errors import GaleError
 from gale.platform import tables
 from gale.platform.access import Actor, authorize
+from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, NotFoundError
 from gale.platform.ids import new_id
@@ -73,7 +73,7 @@ class Responses:
             if not changed:
                 if conversation_id is not None:
                     _conversation(connection, self._project, conversation_id)
-                now = _now()
+                now = now_us()
                 connection.execute(
                     insert(table).values(
                         id=kept.id,
@@ -149,7 +149,7 @@ class ItemConversations:
     async def create(self, metadata: dict[str, str], items: Sequence[Item]) -> ItemConversation:
         """A new conversation that begins with ``items``."""
         authorize(self._actor, "write")
-        conversation = ItemConversation(new_id("conv"), metadata, _now())
+        conversation = ItemConversation(new_id("conv"), metadata, now_us())
 
         def work(connection: Connection) -> None:
             connection.execute(
@@ -236,7 +236,7 @@ async def tidy(database: Database, *, unfinished_before: int) -> None:
     table = tables.responses
 
     def work(connection: Connection) -> None:
-        connection.execute(delete(table).where(table.c.expires_at <= _now()))
+        connection.execute(delete(table).where(table.c.expires_at <= now_us()))
         left = select(table.c.id, table.c.body).where(
             table.c.status.in_(UNFINISHED), table.c.created_at < unfinished_before
         )
@@ -252,7 +252,7 @@ def _response(connection: Connection, project_id: str, response_id: str) -> tupl
     table = tables.responses
     row = connection.execute(
         select(table.c.id, table.c.input, table.c.body, table.c.previous_id).where(
-            table.c.id == storable(response_id), table.c.project_id == project_id, table.c.expires_at > _now()
+            table.c.id == storable(response_id), table.c.project_id == project_id, table.c.expires_at > now_us()
         )
     ).one_or_none()
     if row is None:
@@ -284,7 +284,7 @@ def _append(connection: Connection, conversation_id: str, items: Sequence[Item])
     held = connection.execute(select(size).where(table.c.conversation_id == conversation_id)).scalar() or 0
     if held + _characters(items) > MOST_CHARACTERS:
         raise TooLongError("This conversation has become too long.")
-    now = _now()
+    now = now_us()
     rows = [
         {
             "id": item["id"],
@@ -301,7 +301,3 @@ def _append(connection: Connection, conversation_id: str, items: Sequence[Item])
 
 def _characters(items: Sequence[Item]) -> int:
     return len(json.dumps(items))
-
-
-def _now() -> int:
-    return time.time_ns() // 1000

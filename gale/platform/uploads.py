@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from gale.core.errors import GaleError
 from gale.platform import tables
 from gale.platform.access import Actor
+from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, FileTooLargeError, NotFoundError
 from gale.platform.file_folder import Digest, FileFolder, IncomingFile
@@ -56,7 +56,7 @@ class Upload:
         """In OpenAI's words."""
         if self.status not in ("pending", "completing"):
             return self.status
-        return "expired" if self.expires_at <= _now() else "pending"
+        return "expired" if self.expires_at <= now_us() else "pending"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Uploads:
         """Begin one of ``size`` bytes, for which the space is set aside. Raises :class:`StorageQuotaError`."""
         if size > self._limits.upload_bytes:
             raise FileTooLargeError(f"An upload may have at most {self._limits.upload_bytes:,} bytes.")
-        now = _now()
+        now = now_us()
         upload = Upload(
             new_id("upload"),
             self._project,
@@ -125,7 +125,7 @@ class Uploads:
         at the end become the file.
         """
         written = await asyncio.to_thread(incoming.finish)
-        part_id, now = new_id("part"), _now()
+        part_id, now = new_id("part"), now_us()
         path = self._folder.part_path(upload_id, part_id)
 
         def work(connection: Connection) -> Part:
@@ -223,7 +223,3 @@ def _join(paths: list[Path], incoming: IncomingFile) -> Digest:
 
 def _move(connection: Connection, upload_id: str, status: str, file_id: str | None = None) -> None:
     connection.execute(update(_TABLE).where(_TABLE.c.id == upload_id).values(status=status, file_id=file_id))
-
-
-def _now() -> int:
-    return time.time_ns() // 1000

@@ -19,7 +19,7 @@ from gale.server.caller import actor_of, engine_of
 from gale.server.errors import ApiError, invalid
 from gale.server.fine_tuning_schema import FineTuningRequest, SupervisedKnobs
 from gale.server.json_body import read_json, request_schema
-from gale.server.listing import After, Limit, listed
+from gale.server.listing import After, Limit, listed, page_of
 from gale.server.openai_models import require_model
 
 _PATH = "/v1/fine_tuning/jobs"
@@ -88,13 +88,8 @@ def routes(
     @router.get(_PATH + "/{job_id}/checkpoints")
     async def checkpoints(job_id: str, request: Request, limit: Limit = 10, after: After = None) -> dict[str, Any]:
         job = await jobs(request).get(job_id)
-        found = [_checkpoint(job, each) for each in reversed(job.result.get("checkpoints", []))]
-        if after is not None:
-            place = next((place for place, each in enumerate(found) if each["id"] == after), None)
-            if place is None:
-                raise invalid("after", "it is no checkpoint of this job")
-            found = found[place + 1 :]
-        return listed(found[:limit], has_more=len(found) > limit)
+        found = [_checkpoint(job, each) for each in job.result.get("checkpoints", [])]
+        return page_of(found, limit=limit, after=after, order="desc")
 
     @router.delete("/v1/models/{model_id:path}")
     async def delete_model(model_id: str, request: Request) -> dict[str, Any]:

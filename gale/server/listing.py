@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Query
 
-from gale.platform.errors import NotFoundError
+from gale.platform.errors import CursorError
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(max_length=200)]
@@ -21,11 +21,11 @@ def listed(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
 
 
 def page_of(things: Sequence[dict[str, Any]], *, limit: int, after: str | None, order: str) -> dict[str, Any]:
-    """A page of ``things``, oldest first. Raises :class:`NotFoundError` where ``after`` is none of them."""
+    """A page of ``things``, oldest first. Raises :class:`CursorError` where ``after`` is none of them."""
     ordered = things if order == "asc" else things[::-1]
     begin = 0
     if after is not None:
         begin = next((place + 1 for place, thing in enumerate(ordered) if thing["id"] == after), -1)
         if begin < 0:
-            raise NotFoundError(f"There is nothing with the id '{after[:100]}' here to go on from.")
+            raise CursorError(f"'{after[:100]}' is not in this list.", param="after")
     return listed(ordered[begin : begin + limit], has_more=len(ordered) > begin + limit)

@@ -55,7 +55,7 @@ def test_order_of_creation_survives_a_clock_that_is_set_back(
 ) -> None:
     conversation = run(conversations.create())
     first = run(conversations.ask(conversation.id, "one", model="m"))
-    monkeypatch.setattr(module, "_now", lambda: 5)
+    monkeypatch.setattr(module, "now_us", lambda: 5)
     second = run(conversations.ask(conversation.id, "two", model="m", parent_id=first.answer.id))
     _, messages = run(conversations.get(conversation.id))
     assert [message.id for message in messages[2:]] == [second.path[-1].id, second.answer.id]
@@ -64,9 +64,9 @@ def test_order_of_creation_survives_a_clock_that_is_set_back(
 def test_pages_in_order_of_last_use_even_with_equal_times(
     conversations: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_now", lambda: 1_000_000)
+    monkeypatch.setattr(module, "now_us", lambda: 1_000_000)
     expected = sorted((run(conversations.create()).id for _ in range(5)), reverse=True)
-    monkeypatch.setattr(module, "_now", lambda: 2_000_000)
+    monkeypatch.setattr(module, "now_us", lambda: 2_000_000)
     run(conversations.ask(expected[-1], "hello", model="m"))
     expected.insert(0, expected.pop())
     seen, cursor = [], None

@@ -76,8 +76,8 @@ def test_another_worker_takes_up_what_a_killed_one_left(jobs: Jobs, monkeypatch:
     killed = claim(jobs, lease_s=10)
     assert killed is not None
     assert claim(jobs, "two") is None
-    now = module._now()
-    monkeypatch.setattr(module, "_now", lambda: now + 11_000_000)
+    now = module.now_us()
+    monkeypatch.setattr(module, "now_us", lambda: now + 11_000_000)
     second = claim(jobs, "two")
     assert second is not None and second.attempt == 2
     # The first was only slow: it finds out before it can write anything.
@@ -96,10 +96,10 @@ def test_a_lease_that_is_renewed_is_not_over(jobs: Jobs, monkeypatch: pytest.Mon
     create(jobs)
     job = claim(jobs, lease_s=10)
     assert job is not None
-    now = module._now()
-    monkeypatch.setattr(module, "_now", lambda: now + 9_000_000)
+    now = module.now_us()
+    monkeypatch.setattr(module, "now_us", lambda: now + 9_000_000)
     run(jobs.renew(job, 10))
-    monkeypatch.setattr(module, "_now", lambda: now + 18_000_000)
+    monkeypatch.setattr(module, "now_us", lambda: now + 18_000_000)
     assert claim(jobs, "two") is None
 
 

@@ -94,7 +94,7 @@ def test_a_finished_response_joins_its_conversation_once(store: Store) -> None:
 
 def test_what_is_old_is_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = store.responses(LOCAL_OWNER)
-    monkeypatch.setattr(module, "_now", lambda: 1_000_000)
+    monkeypatch.setattr(module, "now_us", lambda: 1_000_000)
     run(mine.save(kept("a")))
     monkeypatch.undo()
     with pytest.raises(NotFoundError):

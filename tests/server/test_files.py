@@ -305,8 +305,8 @@ def test_files_whose_time_is_over_are_gone(
     client.files.create(file=("a", b"x"), purpose="vision", expires_after={"anchor": "created_at", "seconds": 3600})
     from gale.platform import files
 
-    now = files._now()
-    monkeypatch.setattr(files, "_now", lambda: now + 3600 * 1_000_000)
+    now = files.now_us()
+    monkeypatch.setattr(files, "now_us", lambda: now + 3600 * 1_000_000)
     assert list(client.files.list()) == []
     run_on(server.store.sweep())
     assert on_disk(server) == []

@@ -94,8 +94,8 @@ def test_an_answer_that_is_too_long_to_keep_is_not_made_twice(live: Live, monkey
 
 def test_keys_are_forgotten_after_a_day(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     first = post(live, "key-8", ask("day"))
-    now = idempotency._now()
-    monkeypatch.setattr(idempotency, "_now", lambda: now + 24 * 3600 * 1_000_000 + 10_000_000)
+    now = idempotency.now_us()
+    monkeypatch.setattr(idempotency, "now_us", lambda: now + 24 * 3600 * 1_000_000 + 10_000_000)
     assert post(live, "key-8", ask("day")).json()["id"] != first.json()["id"]
 
 
@@ -103,8 +103,8 @@ def test_a_killed_process_s_key_is_free_again_soon(live: Live, monkeypatch: pyte
     kept = live.store.idempotency
     assert asyncio.run(kept.begin(LOCAL_OWNER.project, "key-9", "0")) is None
     assert post(live, "key-9", ask("x")).status_code == 400  # another request's
-    now = idempotency._now()
-    monkeypatch.setattr(idempotency, "_now", lambda: now + 31_000_000)
+    now = idempotency.now_us()
+    monkeypatch.setattr(idempotency, "now_us", lambda: now + 31_000_000)
     assert post(live, "key-9", ask("x")).status_code == 200
 
 
