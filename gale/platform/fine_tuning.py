@@ -20,7 +20,7 @@ from gale.platform import tables
 from gale.platform.access import Actor, authorize
 from gale.platform.audit import EventType, record
 from gale.platform.files import Files
-from gale.platform.jobs import Also, Job, JobEvent, Jobs, unfinished
+from gale.platform.jobs import Also, Job, JobEvent, Jobs, count_unfinished
 from gale.platform.limits import LimitExceededError
 from gale.platform.listing import Listing
 from gale.platform.metering import Metering
@@ -156,7 +156,7 @@ class FineTuning:
 def _check_room(connection: Connection, project_id: str) -> None:
     """Raises :class:`LimitExceededError` where the project may not have another job."""
     most = settings().tuning_jobs
-    if sum(job.kind == KIND for job in unfinished(connection, project_id)) >= most:
+    if count_unfinished(connection, project_id, KIND) >= most:
         raise LimitExceededError(
             f"This project has {most} fine-tuning jobs that have not ended, which is as many as it may have "
             "(GALE_TUNING_JOBS). Wait until one ends, or cancel one.",

@@ -291,6 +291,12 @@ def unfinished(connection: Connection, project_id: str) -> list[Job]:
     return [Job(*tuple(row)) for row in connection.execute(query)]
 
 
+def count_unfinished(connection: Connection, project_id: str, kind: str) -> int:
+    """How many of them are of one kind."""
+    here = (_TABLE.c.project_id == project_id, _TABLE.c.kind == kind, _TABLE.c.state.not_in(sorted(FINAL_STATES)))
+    return connection.execute(select(func.count()).where(*here)).scalar_one()
+
+
 def _of_project(actor: Actor, kind: str) -> Select[Any]:
     return select(_TABLE).where(_TABLE.c.project_id == actor.project, _TABLE.c.kind == kind)
 

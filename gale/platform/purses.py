@@ -165,7 +165,8 @@ class Purses:
     async def give_back(self) -> None:
         """Leave to others whatever is free here. Raises :class:`StoreError`."""
         async with self.lock:
-            await self._give_back()
+            self._empty()
+            await self._renew()
 
     async def close(self) -> None:
         """Give back what is free, and from now on nothing out. Raises :class:`StoreError`.
@@ -177,14 +178,15 @@ class Purses:
         for task in self._filling:
             task.cancel()
         async with self.lock:
-            await self._give_back()
-            if not any(purse.held > 0 for purse in self._purses.values()):
+            self._empty()
+            if any(purse.held > 0 for purse in self._purses.values()):
+                await self._renew()
+            else:
                 await self._database.write(lambda connection: budgets.bury(connection, self.process_id))
 
-    async def _give_back(self) -> None:
+    def _empty(self) -> None:
         for purse in self._purses.values():
             purse.free = min(purse.free, 0)
-        await self._renew()
 
     def _enough(self, purse: Purse, amount: int) -> bool:
         return purse.free >= amount and self._clock() < self._alive_until and not self._closed
@@ -219,8 +221,7 @@ class Purses:
         """Make the database hold what the purses have. Call with the lock held."""
         began = self._clock()
         if began >= self._alive_until:  # what was free may be others' by now
-            for purse in self._purses.values():
-                purse.free = min(purse.free, 0)
+            self._empty()
         kept = {key: purse.held for key, purse in self._purses.items() if purse.asked}
         dead = {each: beats for each, (beats, seen) in self._others.items() if began - seen >= LIFE_S}
 

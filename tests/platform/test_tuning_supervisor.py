@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from gale.core.errors import StoreError
 from gale.engine.request import UnknownAdapterError
-from gale.platform.access import LOCAL_OWNER
+from gale.platform import tables, tuning_supervisor
+from gale.platform.access import LOCAL_OWNER, Actor
 from gale.platform.errors import ConflictError, LeaseLostError
 from gale.platform.fine_tuned_models import FineTunedModels
 from gale.platform.fine_tuning import KIND
@@ -52,15 +56,16 @@ class Bench:
             store.database, store.jobs, self.models, home, lambda file_id: home / file_id, store.metering
         )
 
-    async def running(self) -> Job:
+    async def running(self, actor: Actor = LOCAL_OWNER) -> Job:
         asked = {
             "model": "base", "base": "base", "base_folder": "/nowhere", "adapter": None, "training_file": "file-1",
             "validation_file": None, "method": "supervised", "hyperparameters": {}, "grader": None, "seed": 1,
             "suffix": None, "metadata": {},
         }  # fmt: skip
-        found = {"examples": {"train": {"rows": 10}}, "hyperparameters": {}, "steps": 2, "most_tokens": 80}
+        found = {"examples": {"train": {"rows": 10}}, "hyperparameters": {}, "steps": 2}
+        found |= {"most_tokens": 80, "price_micro": 1_000_000, "tokens_so_far": 30}
         jobs = self.store.jobs
-        await jobs.create(LOCAL_OWNER, KIND, asked, prefix="ftjob", state="running", result=found)
+        await jobs.create(actor, KIND, asked, prefix="ftjob", state="running", result=found)
         job = await jobs.claim({KIND: ("running",)}, "tuner", 60)
         assert job is not None
         return job
@@ -155,6 +160,33 @@ def test_what_an_ended_job_left_stays_served_and_is_paid_for(
         await b.models.refresh()
         ended = await store.jobs.get(LOCAL_OWNER, KIND, job.id)
         assert (ended.state, ended.result["trained_tokens"], len(b.host.served)) == (state, 70, 2)
+
+    asyncio.run(main())
+
+
+def test_a_job_of_somebody_who_is_not_let_in_any_more_ends_and_pays_for_what_was_reported(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process:
+        async def wait(self) -> None:
+            await asyncio.Event().wait()
+
+    @contextlib.asynccontextmanager
+    async def running(*asked: Any) -> AsyncIterator[Process]:
+        yield Process()
+
+    async def main() -> None:
+        b = Bench(store, tmp_path / "home")
+        actor = replace(LOCAL_OWNER, key_id="key_revoked")
+        job = await b.running(actor)
+        monkeypatch.setattr(tuning_supervisor, "running", running)
+        with pytest.raises(ConflictError, match="no longer let in"):
+            await b.supervisor._outcome_of("train", "trained.json", job, tmp_path)
+        assert (await store.jobs.get(actor, KIND, job.id)).state == "cancelled"
+        events = tables.usage_events.c
+        query = select(events.input_tokens, events.cost_micro, events.api_key_id)
+        (paid,) = await store.database.read(lambda connection: connection.execute(query).all())
+        assert tuple(paid) == (30, 30, "key_revoked")
 
     asyncio.run(main())
 
