@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,32 @@ def test_a_copy_that_is_killed_leaves_an_empty_target_and_the_source_as_it_was(
     assert rows_of(source) == before
     copy(source, empty_database_url)
     assert rows_of(empty_database_url) == before
+
+
+def test_a_copy_that_is_interrupted_ends_at_once_and_leaves_an_empty_target(
+    source: str, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, reached, go_on = copying._insert, threading.Event(), threading.Event()
+
+    def pause(connection: Any, at: Any, rows: Any) -> None:
+        insert(connection, at, rows)
+        reached.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(copying, "_insert", pause)
+
+    async def interrupted(first: Database, second: Database) -> None:
+        copied = asyncio.create_task(copying.copy(first, second))
+        assert await asyncio.to_thread(reached.wait, 60)
+        copied.cancel()  # as Ctrl-C does
+        with pytest.raises(asyncio.CancelledError):
+            await copied
+        go_on.set()
+
+    with opened(source) as first, opened(empty_database_url) as second:
+        asyncio.run(interrupted(first, second))
+    monkeypatch.undo()
+    assert copy(source, empty_database_url)["messages"] == 3
 
 
 def test_a_target_that_is_lost_in_the_middle_is_not_filled_from_there_on(
