@@ -13,7 +13,6 @@ from gale.cli.admin_shared import (
     ORGANISATION,
     PROJECT,
     URL,
-    DbOption,
     JsonOption,
     NameArgument,
     OrgOption,
@@ -25,6 +24,7 @@ from gale.cli.admin_shared import (
     print_rows,
     time_text,
 )
+from gale.cli.options import DbOption
 from gale.core.errors import GaleError
 
 if TYPE_CHECKING:

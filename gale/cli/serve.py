@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from gale.cli.options import DbOption
 from gale.core import files
 
 _UPSTREAM, _RAY = "Another server", "Replicas"
@@ -38,10 +39,7 @@ def serve(
     self_test: Annotated[
         bool, typer.Option(help="Check at the start that the scores given out are the model's.")
     ] = True,
-    db: Annotated[
-        str | None,
-        typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
-    ] = None,
+    db: DbOption = None,
     public_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Where people reach it, such as https://gale.example.")
     ] = None,

@@ -92,7 +92,8 @@ class UpstreamEngine:
     def _look(self, model: str | None, context_length: int | None) -> None:
         listed = self._http.ask("GET", f"{self._http.base}/models").get("data")
         models = {str(each.get("id")): each for each in listed or [] if isinstance(each, dict)}
-        bases = [name for name, card in models.items() if not card.get("parent")]  # the others are adapters over one
+        # The others are adapters over one of these, or a Gale's classifier.
+        bases = [name for name, card in models.items() if not card.get("parent") and card.get("task") != "moderation"]
         if model is None and len(bases) != 1:
             names = ", ".join(sorted(bases)[:10]) or "none"
             raise GaleError(

@@ -25,6 +25,7 @@ from gale.platform.quotas import Quotas
 from gale.platform.responses import ItemConversations, Responses
 from gale.platform.secret import Secret
 from gale.platform.sessions import Sessions
+from gale.platform.storage_quota import release_expired
 from gale.platform.uploads import Uploads
 from gale.platform.usage_report import UsageReport
 
@@ -109,6 +110,7 @@ class Store:
 
     async def sweep(self, abandoned_s: float = ABANDONED_S) -> None:
         """Remove what is over: files, kept answers and old usage, and what killed processes left of files."""
+        await release_expired(self.database, self.file_folder, abandoned_s=abandoned_s)
         await sweep(self.database, self.file_folder, abandoned_s)
         await self.idempotency.sweep()
         await prune(self.database, settings().usage_days)

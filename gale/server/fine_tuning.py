@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from gale.assistant.moderation import NAME as MODERATION
 from gale.data.graders import Grader, GraderError
 from gale.engine.request import Engine
 from gale.platform.errors import NotFoundError
@@ -21,7 +22,7 @@ from gale.server.errors import ApiError, invalid
 from gale.server.fine_tuning_schema import FineTuningRequest, SupervisedKnobs
 from gale.server.json_body import read_json, request_schema
 from gale.server.listing import After, Limit, listed, page_of
-from gale.server.openai_models import require_model
+from gale.server.openai_models import may_moderate, require_model
 
 _PATH = "/v1/fine_tuning/jobs"
 
@@ -95,7 +96,9 @@ def routes(
     async def delete_model(model_id: str, request: Request) -> dict[str, Any]:
         actor = actor_of(request)
         if models is None or models.find(actor, model_id) is None:
-            require_model(engine_of(request, engine), model_id)  # which says that there is none
+            mine = engine_of(request, engine)
+            if model_id != MODERATION or not may_moderate(mine):
+                require_model(mine, model_id)  # which says that there is none
             raise ApiError(400, f"`{model_id[:200]}` is not fine-tuned here and cannot be deleted.", param="model")
         await models.delete(actor, model_id)
         return {"id": model_id, "object": "model", "deleted": True}

@@ -38,7 +38,8 @@ def run(checker: Checker, model: str) -> None:
 
 def models(checker: Checker, model: str) -> None:
     checker.call("get /models")
-    checker.call("get /models/{model}", params={"model": model})
+    for name in (model, "gale-moderation"):
+        checker.call("get /models/{model}", params={"model": name})
 
 
 def chat(checker: Checker, model: str) -> None:
@@ -244,6 +245,10 @@ def fine_tuning(checker: Checker, model: str) -> None:
     checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
     checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/cancel", params=one)
     checker.call("get /fine_tuning/jobs")
+    short = {**body, "method": {"type": "supervised", "supervised": {"hyperparameters": {**knobs, "n_epochs": 1}}}}
+    short_id = checker.call("post /fine_tuning/jobs", json=short)["id"]
+    done = checker.wait(f"/fine_tuning/jobs/{short_id}", lambda job: job["finished_at"] is not None)
+    checker.call("delete /models/{model}", params={"model": done["fine_tuned_model"]})
 
 
 def upload(checker: Checker, rows: list[dict[str, Any]], purpose: str) -> str:

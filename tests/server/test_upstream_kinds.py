@@ -303,6 +303,7 @@ def test_reasoning_and_tool_calls_come_in_whatever_way_a_server_writes_them() ->
 
 def test_adapters_over_a_model_are_names_of_their_own() -> None:
     cards = [{"id": "m", "max_model_len": 64}, {"id": "lora", "parent": "m"}, {"id": "other", "parent": "x"}]
+    cards.append({"id": "gale-moderation", "task": "moderation"})  # which answers nobody
     answer = whole(event("a", "stop"), DONE)
     with raw_server(v1__models=models(*cards), v1__chat__completions=answer) as server:
 
