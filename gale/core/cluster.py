@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,8 @@ def joined_ray(address: str, *, show_workers: bool = False) -> Iterator[None]:
     own: dict[str, Any] = {}
     if address == "local":
         own["include_dashboard"] = False
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # newer versions do so themselves; read when Ray is imported
+        if "ray" not in sys.modules:  # it is read once, then; newer versions ask for a token by themselves
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
