@@ -60,7 +60,7 @@ def period_began(period: Period, now_us: int) -> int:
     """When the day or the month (in UTC) began in which ``now_us`` lies."""
     if period == "total":
         return 0
-    now = datetime.fromtimestamp(now_us / 1e6, UTC)
+    now = datetime.fromtimestamp(now_us // 1_000_000, UTC)
     began = now.replace(hour=0, minute=0, second=0, microsecond=0)
     return int((began if period == "day" else began.replace(day=1)).timestamp()) * 1_000_000
 

@@ -27,6 +27,8 @@ FINAL_STATES = frozenset(("completed", "succeeded", "failed", "expired", "cancel
 
 Level = Literal["info", "warn", "error"]
 _TABLE = tables.jobs
+# How far the clocks of several servers on one database may be apart.
+MOST_SKEW_S = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,13 @@ class Jobs:
         def work(connection: Connection) -> Job | None:
             now = now_us()
             wanted = [and_(_TABLE.c.kind == kind, _TABLE.c.state.in_(sorted(states))) for kind, states in kinds.items()]
-            free = or_(_TABLE.c.lease_until.is_(None), _TABLE.c.lease_until <= now)
+            lease_until = _TABLE.c.lease_until
+            free = or_(
+                lease_until.is_(None),
+                lease_until <= now,
+                # Nobody was given that much: the clock has been set back since, and nobody waits for it to come round.
+                lease_until > now + _microseconds(lease_s + MOST_SKEW_S),
+            )
             query = select(_TABLE).where(or_(*wanted), free).order_by(_TABLE.c.created_at, _TABLE.c.id)
             # Where several processes claim together, each passes over what another is just taking.
             row = connection.execute(query.limit(1).with_for_update(skip_locked=True)).one_or_none()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from gale.cli.terminal import printable
 from gale.core import files
 from gale.core.errors import DataError, RecipeError
+from gale.core.printable import printable
 from gale.core.recipe import load_recipe
 from gale.engine.local import LocalEngine
 from gale.evals.bits_per_byte import bits_per_byte
