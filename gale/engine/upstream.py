@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-import httpx2
 import structlog
 
 from gale.core.errors import GaleError
@@ -32,7 +31,7 @@ from gale.engine.request import (
     Usage,
 )
 from gale.engine.stop import StopScanner
-from gale.engine.upstream_http import MOST_ANSWER_BYTES, UpstreamHttp, content_of
+from gale.engine.upstream_http import MOST_ANSWER_BYTES, UpstreamHttp, content_of, events_of
 from gale.engine.upstream_wire import (
     Chunk,
     ToolCalls,
@@ -304,16 +303,16 @@ class UpstreamEngine:
 
     async def _chunks(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncGenerator[Chunk, None]:
         async with self._http.open(path, body, optional) as response:
-            events = aiter(httpx2.EventSource(response, MOST_EVENT_BYTES))
-            async for event in events:
-                if event.data.strip() == "[DONE]":
+            events = events_of(response, MOST_EVENT_BYTES)
+            async for data in events:
+                if data.strip() == "[DONE]":
                     # A response that was read to its end, which is near, leaves its connection for the next.
                     with suppress(TimeoutError):
                         async with asyncio.timeout(_END_PATIENCE_S):
                             await anext(events, None)
                     return
-                if event.data:  # else an id or a reconnection time by itself
-                    yield parse_chunk(event.data, self._context_length)
+                if data:  # else an empty one
+                    yield parse_chunk(data, self._context_length)
 
     async def _prompt_scores(self, body: dict[str, Any], tokens: int, top: int, optional: set[str]) -> PromptScores:
         """The scores of the prompt, asked for by themselves, so that the answer's text stands alone."""

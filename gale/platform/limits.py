@@ -16,7 +16,7 @@ Measure = Literal["requests", "tokens"]
 
 
 class LimitExceededError(GaleError):
-    """More than a limit allows. ``wait_s`` seconds from now it may go; None where it never can."""
+    """More than a limit allows. ``wait_s`` seconds from now it may go; None where waiting alone does not help."""
 
     def __init__(self, message: str, measure: Measure, wait_s: float | None) -> None:
         super().__init__(message)

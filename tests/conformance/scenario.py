@@ -123,7 +123,14 @@ def administration(checker: Checker, model: str) -> None:
     checker.call(f"delete {one}/api_keys/{{api_key_id}}", params=key)
     checker.call(f"delete {one}/service_accounts/{{service_account_id}}", params=account)
     checker.call(f"post {one}/archive", params=project)
-    checker.call("get /organization/audit_logs")
+    checker.call("get /organization/audit_logs", departure=_own_events)
+
+
+def _own_events(answer: Any) -> None:
+    """What was done to fine-tuning jobs stands in the audit log, of which types the document does not know."""
+    for event in answer["data"]:
+        if event["type"].startswith("fine_tuning_job."):
+            event["type"] = "resource.deleted"
 
 
 def _unscored_first_token(answer: Any) -> None:
@@ -237,12 +244,6 @@ def fine_tuning(checker: Checker, model: str) -> None:
     checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
     checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/cancel", params=one)
     checker.call("get /fine_tuning/jobs")
-
-
-def _paused(answer: Any) -> None:
-    """A paused job is paused, of which state the document does not know."""
-    assert answer["status"] == "paused"
-    answer["status"] = "queued"
 
 
 def upload(checker: Checker, rows: list[dict[str, Any]], purpose: str) -> str:

@@ -176,9 +176,9 @@ def test_another_project_s_job_does_not_exist(jobs: Jobs) -> None:
 
 
 def test_a_check_refuses_a_job_before_it_is_there(jobs: Jobs) -> None:
-    def refuse(connection: Connection) -> None:
+    def refuse(connection: Connection, job: Job) -> None:
         raise NotFoundError("There is no such file.")
 
     with pytest.raises(NotFoundError):
-        create(jobs, check=refuse)
+        create(jobs, also=refuse)
     assert run(jobs.page(LOCAL_OWNER, "batch", limit=1)).items == []
