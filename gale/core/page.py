@@ -166,12 +166,12 @@ th{font-weight:500;color:var(--soft);text-align:left;font-size:.82rem}
 th,td{padding:.6rem 1.2rem;border-bottom:1px solid var(--line);vertical-align:top}
 tbody tr:last-child td{border-bottom:0}
 .numbers th,.numbers td{text-align:right;white-space:nowrap}
-.numbers .words{text-align:left}
+.numbers .words{text-align:left;white-space:normal;max-width:15rem;overflow-wrap:break-word}
 tfoot td{font-weight:600;border-top:1px solid var(--line);border-bottom:0}
 .note{color:var(--soft);font-size:.9rem;margin:.2rem 0 .9rem;overflow-wrap:anywhere}
 .prose td{white-space:pre-wrap;overflow-wrap:anywhere}
 .prose td:first-child{white-space:nowrap;color:var(--soft)}
-section>.card+.card,section>.charts+.card{margin-top:.9rem}
+section>.card+.card,.charts+.card,.charts+.charts,.card+.note,.tiles+.note{margin-top:.9rem}
 .facts+.facts{border-top:1px solid var(--line)}
 details{margin-top:.9rem;overflow:hidden}
 details>summary{cursor:pointer;padding:.85rem 1.2rem;font-size:.92rem;font-weight:500}

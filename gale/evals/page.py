@@ -50,14 +50,14 @@ def to_html(report: dict[str, Any]) -> str:
     shares = [row for row in report["scores"] if not row["lower_is_better"]]
     bits = [row for row in report["scores"] if row["lower_is_better"]]
     charts = [
-        (title, about, _chart(title, rows, most))
+        figures([(title, about, _chart(title, rows, most))])
         for title, about, rows, most in (
             ("Scores", "higher is better", shares, 1.0),
             ("Bits per byte", "lower is better", bits, 8.0),
         )
         if rows
     ]
-    parts = [section("All scores", figures(charts), _score_table(report["scores"]), note(_LEGEND))]
+    parts = [section("All scores", *charts, _score_table(report["scores"]), note(_LEGEND))]
     for name, task in report["tasks"].items():
         groups = [_score_table(task["groups"])] if task["groups"] else []
         parts.append(section(name, note(_about(task)), *groups, *_samples(task["samples"])))
