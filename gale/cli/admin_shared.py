@@ -96,7 +96,7 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, *, single: bool = Fals
     from rich.markup import escape
     from rich.table import Table
 
-    from gale.cli.terminal import printable
+    from gale.core.printable import printable
 
     if as_json:
         print_json(rows[0] if single else rows)

@@ -102,6 +102,7 @@ def serve(
     from gale.server.lifecycle import Lifecycle
     from gale.server.origins import Origins
     from gale.server.page_sign_in import sign_in_url
+    from gale.server.process_limits import prepare_process
     from gale.server.runner import address_of, listen, run
     from gale.server.self_test import check_scores
 
@@ -123,6 +124,7 @@ def serve(
         replica_cpus=replica_cpus,
         replica_gpus=replica_gpus,
     )
+    prepare_process()
     origins = Origins(cors or [], public_url)
     store = Store.open(
         db or settings().database_url,

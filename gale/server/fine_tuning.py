@@ -15,6 +15,7 @@ from gale.platform.fine_tuned_models import AdapterHost, FineTunedModels
 from gale.platform.fine_tuning import Asked, FineTuning
 from gale.platform.jobs import Job, JobEvent
 from gale.platform.store import Store
+from gale.platform.tuning_bill import SO_FAR
 from gale.platform.tuning_supervisor import TuningSupervisor
 from gale.server.caller import actor_of, engine_of
 from gale.server.errors import ApiError, invalid
@@ -33,8 +34,7 @@ def routes(
     router = APIRouter(tags=["openai"])
 
     def jobs(request: Request) -> FineTuning:
-        actor = actor_of(request)
-        return FineTuning(store.jobs, store.files(actor), actor)
+        return store.fine_tuning(actor_of(request))
 
     def look() -> None:
         if supervisor is not None:
@@ -191,7 +191,8 @@ def described(job: Job) -> dict[str, Any]:
         "training_file": asked["training_file"],
         "validation_file": asked["validation_file"],
         "hyperparameters": {key: value for key, value in knobs.items() if key in own - {"beta", "eval_interval"}},
-        "trained_tokens": result.get("trained_tokens"),
+        # Those that are charged, once that is known.
+        "trained_tokens": result.get(SO_FAR, 0) if job.state == "cancelled" else result.get("trained_tokens"),
         "error": result.get("error"),
         "seed": asked["seed"],
         "estimated_finish": result.get("estimated_finish") if job.state == "running" else None,

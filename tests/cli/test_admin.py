@@ -115,7 +115,7 @@ def test_organisations_are_apart(gale: Gale, running: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["org"], ["project"], ["user"], ["key"], ["key", "create"], ["user", "create"]]
+    "command", [[], ["org"], ["project"], ["user"], ["key"], ["key", "create"], ["user", "create"], ["copy"]]
 )
 def test_help_says_what_a_command_does(gale: Gale, command: list[str]) -> None:
     shown = gale("admin", *command, "--help")

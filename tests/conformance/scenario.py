@@ -124,7 +124,14 @@ def administration(checker: Checker, model: str) -> None:
     checker.call(f"delete {one}/api_keys/{{api_key_id}}", params=key)
     checker.call(f"delete {one}/service_accounts/{{service_account_id}}", params=account)
     checker.call(f"post {one}/archive", params=project)
-    checker.call("get /organization/audit_logs")
+    checker.call("get /organization/audit_logs", departure=_own_events)
+
+
+def _own_events(answer: Any) -> None:
+    """What was done to fine-tuning jobs stands in the audit log, of which types the document does not know."""
+    for event in answer["data"]:
+        if event["type"].startswith("fine_tuning_job."):
+            event["type"] = "resource.deleted"
 
 
 def _unscored_first_token(answer: Any) -> None:
