@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gale.cli.admin_shared import DbOption, JsonOption, print_rows
+from gale.cli.admin_shared import JsonOption, print_rows
+from gale.cli.options import DbOption
 
 if TYPE_CHECKING:
     from gale.platform.copying import Counts
