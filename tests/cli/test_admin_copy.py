@@ -160,7 +160,12 @@ def test_usage_that_a_killed_server_left_beside_the_database_is_taken_along(
     gale_home.mkdir(mode=0o700)
     shutil.copy(sqlite_template, gale_home / "gale.db")
     store = Store.open(source)
-    store.metering.record(LOCAL_OWNER, "tiny", "completions", Usage(70, 7))
+
+    async def use() -> None:
+        ticket = await store.metering.admission(LOCAL_OWNER, "tiny").begin(None, "completions", None, lambda: 70, 7)
+        ticket.end(Usage(70, 7))
+
+    asyncio.run(use())
     store.close()  # without writing what waits, as a killed one
     assert os.listdir(journal_folder(source) or "")  # noqa: PTH208
     assert gale("admin", "copy", "--to", target).code == 0
