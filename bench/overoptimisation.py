@@ -26,12 +26,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
 from bench.postcards import CONTEXT, NAMES, TOPICS, asked, gold, write_rows, write_world
+from gale.core.charts import COLOURS, SOFT, standalone_figure
 from gale.core.device import choose_compute
 from gale.data.prepare import prepare
 from gale.data.recipe import DataRecipe
@@ -51,6 +52,9 @@ from gale.train.reward import reward as train_reward
 from gale.train.rewards import ModelJudge, answers_batch
 from gale.train.rl import rl
 from gale.train.rl_recipe import RlRecipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS, RESULT = ROOT / "bench" / "results", "overoptimisation.json"
@@ -400,16 +404,13 @@ def table(points: list[Point]) -> str:
 
 def draw(points: list[Point], path: Path) -> None:
     """Both rewards against the square root of the divergence."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    colours = dict(zip(METHODS, ("tab:blue", "tab:orange", "tab:red", "tab:green"), strict=True))
+    colours = dict(zip(METHODS, COLOURS, strict=False))
     base = points[0]
-    with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 4), layout="constrained")
+
+    def panels(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         for axes, key, title in ((left, "gold", "gold reward"), (right, "proxy", "reward of the reward model")):
-            axes.axhline(getattr(base, key), color="grey", linewidth=0.8, linestyle=":")
+            axes.axhline(getattr(base, key), color=SOFT, linewidth=0.8, linestyle=":")
             for method in METHODS:
                 for number, several in enumerate(runs(points, method).values()):
                     axes.errorbar(
@@ -425,9 +426,9 @@ def draw(points: list[Point], path: Path) -> None:
                         elinewidth=0.6,
                     )
             axes.set(xlabel="sqrt of KL(policy || base), nats", ylabel=title)
-            axes.grid(alpha=0.3)
         left.legend()
-        figure.savefig(path, format="svg", metadata={"Date": None})
+
+    path.write_bytes(standalone_figure(panels, width=9, height=4))
 
 
 if __name__ == "__main__":

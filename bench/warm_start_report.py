@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gale.core import files
+from gale.core.charts import COLOURS, SOFT, standalone_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -52,11 +55,8 @@ def tables(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], out: Path) -> None:
     """Held-out loss over operations: a panel a shape."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "gale", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(11, 4), layout="constrained")
+    def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(result["cold"]), sharey=True)
         for axes, name in zip(panels, result["cold"], strict=True):
             lines = {"cold": result["cold"][name]["curve"]}
@@ -64,22 +64,14 @@ def plot(result: dict[str, Any], out: Path) -> None:
                 if about["shape"] == name:
                     lines[f"grown: {arm}"] = about["curves"]["grown"]
                     lines["source continued"] = about["curves"]["continued"]
-            for color, (label, seeds) in enumerate(lines.items()):
+            for colour, (label, seeds) in zip(COLOURS, lines.items(), strict=False):
                 for seed, points in enumerate(seeds):
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        color=f"C{color}",
-                        linewidth=1.1,
-                        alpha=0.8,
-                        label="" if seed else label,
-                    )
-            axes.axhline(statistics.fmean(result["cold"][name]["losses"]), color="grey", linestyle=":", linewidth=1)
+                    axes.plot(*zip(*points, strict=True), color=colour, alpha=0.8, label="" if seed else label)
+            axes.axhline(statistics.fmean(result["cold"][name]["losses"]), color=SOFT, linestyle=":", linewidth=1)
             axes.set(xlabel="FLOPs after the source", title=name)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            axes.legend()
         panels[0].set(ylabel="held-out loss (nats per token)")
         low = min(min(arm["grown_losses"]) for arm in result["arms"].values())
         panels[0].set_ylim(low - 0.05, max(result["source"]["losses"]) + 0.35)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    files.write_bytes(out, buffer.getvalue())
+
+    files.write_bytes(out, standalone_figure(draw, width=11, height=4))

@@ -15,8 +15,8 @@ from functools import partial
 from typing import Literal
 
 from gale.core.errors import GaleError
-from gale.engine.reading import in_turns
 from gale.engine.request import ContextLengthError, Decision, Embeddings, Reader
+from gale.engine.turns import in_turns
 from gale.text.template import Message
 
 Method = Literal["yes", "embedding"]

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gale.cli import admin_keys, admin_usage, admin_users
+from gale.cli import admin_copy, admin_keys, admin_usage, admin_users
 from gale.cli.admin_keys import key_row
 from gale.cli.admin_shared import (
     ORGANISATION,
     PROJECT,
     URL,
-    DbOption,
     JsonOption,
     NameArgument,
     OrgOption,
@@ -25,6 +24,7 @@ from gale.cli.admin_shared import (
     print_rows,
     time_text,
 )
+from gale.cli.options import DbOption
 from gale.core.errors import GaleError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ app.add_typer(admin_users.app, name="user")
 app.add_typer(admin_keys.app, name="key")
 app.add_typer(admin_usage.quota, name="quota")
 app.command("usage")(admin_usage.usage)
+app.command("copy")(admin_copy.copy)
 
 
 @app.command()

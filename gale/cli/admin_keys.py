@@ -10,7 +10,6 @@ import typer
 from gale.cli.admin_shared import (
     ORGANISATION,
     PROJECT,
-    DbOption,
     JsonOption,
     NameArgument,
     OrgOption,
@@ -23,6 +22,7 @@ from gale.cli.admin_shared import (
     print_rows,
     time_text,
 )
+from gale.cli.options import DbOption
 
 if TYPE_CHECKING:
     from gale.platform.api_keys import ApiKey

@@ -23,7 +23,6 @@ Item = TypeVar("Item")
 ORGANISATION, PROJECT = "org_default", "proj_default"
 URL = "http://127.0.0.1:8000"
 
-DbOption = Annotated[str | None, typer.Option("--db", help="Database, if not the one in GALE_HOME.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OrgOption = Annotated[str, typer.Option("--org", metavar="ID", help="Organisation.")]
 ProjectOption = Annotated[str, typer.Option("--project", metavar="ID", help="Project.")]
@@ -97,7 +96,7 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, *, single: bool = Fals
     from rich.markup import escape
     from rich.table import Table
 
-    from gale.cli.terminal import printable
+    from gale.core.printable import printable
 
     if as_json:
         print_json(rows[0] if single else rows)

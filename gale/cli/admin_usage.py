@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gale.cli.admin_shared import ORGANISATION, DbOption, JsonOption, OrgOption, opened, owner_of, print_rows, time_text
+from gale.cli.admin_shared import ORGANISATION, JsonOption, OrgOption, opened, owner_of, print_rows, time_text
+from gale.cli.options import DbOption
 from gale.core.errors import GaleError
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from gale.cli.admin_shared import (
     ORGANISATION,
     PROJECT,
     URL,
-    DbOption,
     JsonOption,
     MaybeProjectOption,
     NameArgument,
@@ -26,6 +25,7 @@ from gale.cli.admin_shared import (
     print_rows,
     time_text,
 )
+from gale.cli.options import DbOption
 
 if TYPE_CHECKING:
     from gale.platform.people import Person

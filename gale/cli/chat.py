@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from gale.cli.terminal import printable, read_message
+from gale.cli.terminal import read_message
 from gale.core.errors import GaleError
+from gale.core.printable import printable
 from gale.core.progress import console
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gale.cli.options import DryRunOption, OverridesArgument, output_folder, read_recipe
-from gale.cli.terminal import printable
+from gale.core.printable import printable
 
 
 def evaluate(

@@ -9,9 +9,9 @@ from rich.markup import escape
 
 import gale
 from gale.cli import admin, chat, data, eval, model, plan, serve, train
-from gale.cli.terminal import printable
 from gale.core.errors import GaleError
 from gale.core.logging import configure_logging
+from gale.core.printable import printable
 from gale.core.progress import console
 from gale.core.settings import settings
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from gale.cli.terminal import printable
 from gale.core import files
 from gale.core.errors import GaleError
+from gale.core.printable import printable
 
 app = typer.Typer(help="Look after models: list, show, import and export them.", no_args_is_help=True)
 

@@ -30,6 +30,14 @@ RayOption = Annotated[
     typer.Option("--ray", metavar="ADDRESS", help="Run on the Ray cluster at this address ('local' starts one here)."),
 ]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Processes on the Ray cluster.")]
+DbOption = Annotated[
+    str | None,
+    typer.Option(
+        "--db",
+        envvar="GALE_DB",
+        help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given.",
+    ),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 
 RecipeType = TypeVar("RecipeType", bound=Recipe)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from gale.cli.options import DbOption
 from gale.core import files
 
 _UPSTREAM, _RAY = "Another server", "Replicas"
@@ -38,10 +39,7 @@ def serve(
     self_test: Annotated[
         bool, typer.Option(help="Check at the start that the scores given out are the model's.")
     ] = True,
-    db: Annotated[
-        str | None,
-        typer.Option(help="Database, as sqlite:///path or postgresql+asyncpg://...; one in GALE_HOME if not given."),
-    ] = None,
+    db: DbOption = None,
     public_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Where people reach it, such as https://gale.example.")
     ] = None,
@@ -104,6 +102,7 @@ def serve(
     from gale.server.lifecycle import Lifecycle
     from gale.server.origins import Origins
     from gale.server.page_sign_in import sign_in_url
+    from gale.server.process_limits import prepare_process
     from gale.server.runner import address_of, listen, run
     from gale.server.self_test import check_scores
 
@@ -125,6 +124,7 @@ def serve(
         replica_cpus=replica_cpus,
         replica_gpus=replica_gpus,
     )
+    prepare_process()
     origins = Origins(cors or [], public_url)
     store = Store.open(
         db or settings().database_url,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from gale.core.errors import GaleError
 
@@ -18,7 +21,15 @@ def joined_ray(address: str, *, show_workers: bool = False) -> Iterator[None]:
 
     ``show_workers`` lets what its workers print appear here. Raises :class:`GaleError` where Ray is not installed or
     there is no such cluster.
+
+    A ``local`` one listens on every address of this machine, as Ray's programs do, and whoever may talk to it runs what
+    they like: it asks for a token (in ``~/.ray``) unless ``RAY_AUTH_MODE`` says otherwise, and has no dashboard.
     """
+    own: dict[str, Any] = {}
+    if address == "local":
+        own["include_dashboard"] = False
+        if "ray" not in sys.modules:  # it is read once, then; newer versions ask for a token by themselves
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -28,7 +39,7 @@ def joined_ray(address: str, *, show_workers: bool = False) -> Iterator[None]:
         return
     _reach(address)
     try:
-        ray.init(address=address, log_to_driver=show_workers, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=show_workers, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise GaleError(f"There is no Ray cluster at {address}: {error}", hint=_HINT) from error
     try:

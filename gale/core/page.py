@@ -71,18 +71,40 @@ def figures(charts: Sequence[tuple[str, str, Markup]]) -> Markup:
     return Markup(f'<div class="charts">{cells}</div>')
 
 
+def note(content: object) -> Markup:
+    """A paragraph of running text."""
+    return Markup(f'<p class="note">{text(content)}</p>')
+
+
 def facts(items: Mapping[str, object]) -> Markup:
     """Names and values, one pair a line."""
     lines = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items.items())
     return Markup(f'<dl class="card facts">{lines}</dl>')
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, prose: bool = False) -> Markup:
-    """A table; with ``prose`` its cells hold running text that wraps, else figures."""
-    heads = "".join(f"<th scope='col'>{text(name)}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    prose: bool = False,
+    words: int = 1,
+    total: Sequence[object] = (),
+) -> Markup:
+    """A table; with ``prose`` its cells hold running text that wraps, else figures but for the first ``words``.
+
+    ``total`` is a row below the others.
+    """
+
+    def line(cells: Sequence[object], tag: str = "td") -> str:
+        scope = ' scope="col"' if tag == "th" else ""
+        kinds = [' class="words"' if place < words else "" for place in range(len(cells))]
+        return "".join(f"<{tag}{scope}{kind}>{text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+
+    lines = "".join(f"<tr>{line(row)}</tr>" for row in rows)
+    content = f"<thead><tr>{line(head, 'th')}</tr></thead><tbody>{lines}</tbody>"
+    if total:
+        content += f"<tfoot><tr>{line(total)}</tr></tfoot>"
     kind = "prose" if prose else "numbers"
-    content = f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody>"
     return Markup(f'<div class="card scroll"><table class="{kind}">{content}</table></div>')
 
 
@@ -137,16 +159,20 @@ svg.chart text{font-family:var(--sans)!important}
 border-bottom:1px solid var(--line)}
 .facts div:last-child{border-bottom:0}
 .facts dt{color:var(--soft);font-size:.9rem}
-.facts dd{margin:0;font-size:.9rem;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+.facts dd{margin:0;font-size:.9rem;white-space:pre-wrap;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th{font-weight:500;color:var(--soft);text-align:left;font-size:.82rem}
 th,td{padding:.6rem 1.2rem;border-bottom:1px solid var(--line);vertical-align:top}
 tbody tr:last-child td{border-bottom:0}
 .numbers th,.numbers td{text-align:right;white-space:nowrap}
-.numbers th:first-child,.numbers td:first-child{text-align:left}
+.numbers .words{text-align:left;white-space:normal;max-width:15rem;overflow-wrap:break-word}
+tfoot td{font-weight:600;border-top:1px solid var(--line);border-bottom:0}
+.note{color:var(--soft);font-size:.9rem;margin:.2rem 0 .9rem;overflow-wrap:anywhere}
 .prose td{white-space:pre-wrap;overflow-wrap:anywhere}
 .prose td:first-child{white-space:nowrap;color:var(--soft)}
+section>.card+.card,.charts+.card,.charts+.charts,.card+.note,.tiles+.note{margin-top:.9rem}
+.facts+.facts{border-top:1px solid var(--line)}
 details{margin-top:.9rem;overflow:hidden}
 details>summary{cursor:pointer;padding:.85rem 1.2rem;font-size:.92rem;font-weight:500}
 details>summary::marker{color:var(--soft)}

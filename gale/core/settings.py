@@ -40,6 +40,14 @@ class Settings(BaseSettings):
     currency: str = Field(
         default="usd", pattern="^[a-z]{3}$", description="What prices and budgets are counted in, as three letters."
     )
+    usage_days: int = Field(
+        default=400,
+        ge=1,
+        description="Days for which usage is kept request by request; by the hour it is kept for good.",
+    )
+    tuning_jobs: int = Field(
+        default=20, ge=1, description="Most fine-tuning jobs of a project that have not ended; more are refused."
+    )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("home")

@@ -24,7 +24,7 @@ from gale.engine.options import EngineOptions
 from gale.engine.outbox import Outbox
 from gale.engine.pace import Pace
 from gale.engine.prompts import Prompts, end_tokens
-from gale.engine.reading import LabelScorer, Observer, Pool, in_turns, own_pooling
+from gale.engine.reading import LabelScorer, Observer, Pool, own_pooling
 from gale.engine.reply import Reply
 from gale.engine.request import (
     ContextLengthError,
@@ -44,6 +44,7 @@ from gale.engine.request import (
 )
 from gale.engine.sequence import Sequence
 from gale.engine.speculation import Drafter, DraftModel, NgramDrafter, Speculation
+from gale.engine.turns import in_turns
 from gale.model import kernels
 from gale.model.adapter_folder import read_adapter_layers
 from gale.model.attention import PackedAttention

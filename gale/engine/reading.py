@@ -8,10 +8,9 @@ Shape suffixes: K tokens just read, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,6 @@ from torch import Tensor
 from gale.core.model_folder import read_json
 from gale.engine.kv_cache import SequenceCache
 from gale.engine.request import Pooling
-
-Result = TypeVar("Result")
-
-# How many texts of one request are with the engine at once, so that other requests find places beside them.
-AT_ONCE = 8
 
 
 class Observer(Protocol):
@@ -124,23 +118,6 @@ class LabelScorer:
     def logprobs(self) -> list[float]:
         """The sum over each label's tokens."""
         return [sum(self._next[label[:place]][token] for place, token in enumerate(label)) for label in self._labels]
-
-
-async def in_turns(work: Sequence[Callable[[], Awaitable[Result]]]) -> list[Result]:
-    """The results of ``work`` in its order, :data:`AT_ONCE` at a time. The first failure ends the rest."""
-    places = asyncio.Semaphore(AT_ONCE)
-
-    async def run(job: Callable[[], Awaitable[Result]]) -> Result:
-        async with places:
-            return await job()
-
-    tasks = [asyncio.create_task(run(job)) for job in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def own_pooling(folder: Path | None) -> Pooling:

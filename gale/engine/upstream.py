@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-import httpx2
 import structlog
 
 from gale.core.errors import GaleError
@@ -32,13 +31,14 @@ from gale.engine.request import (
     Usage,
 )
 from gale.engine.stop import StopScanner
-from gale.engine.upstream_http import MOST_ANSWER_BYTES, UpstreamHttp, content_of
+from gale.engine.upstream_http import MOST_ANSWER_BYTES, UpstreamHttp, content_of, events_of
 from gale.engine.upstream_wire import (
     Chunk,
     ToolCalls,
     UpstreamRefusedError,
     estimated_tokens,
     finish_reason,
+    logprobs_fields,
     malformed,
     parse_chunk,
     sampling_body,
@@ -93,7 +93,8 @@ class UpstreamEngine:
     def _look(self, model: str | None, context_length: int | None) -> None:
         listed = self._http.ask("GET", f"{self._http.base}/models").get("data")
         models = {str(each.get("id")): each for each in listed or [] if isinstance(each, dict)}
-        bases = [name for name, card in models.items() if not card.get("parent")]  # the others are adapters over one
+        # The others are adapters over one of these, or a Gale's classifier.
+        bases = [name for name, card in models.items() if not card.get("parent") and card.get("task") != "moderation"]
         if model is None and len(bases) != 1:
             names = ", ".join(sorted(bases)[:10]) or "none"
             raise GaleError(
@@ -141,22 +142,28 @@ class UpstreamEngine:
     def count_prompt_tokens(
         self, messages: list[Message], tools: Tools | None = None, *, adapter: str | None = None
     ) -> int:
-        """Tokens the model would read before answering; an estimate where the upstream does not tokenise, as it does
-        not for tools."""
+        """Tokens the model would read before answering; an estimate where the upstream does not tokenise, as only
+        llama.cpp does for tools."""
         shown = json.dumps(tools.functions, ensure_ascii=False) if tools else ""
         own = estimated_tokens([Message(role="system", content=shown)]) if shown else 0
+        if self._tokenizes and self._owner == "llamacpp":
+            return len(self._encode_chat(messages, tool_fields(tools, self._owner)))
         if self._tokenizes:
-            return len(self.encode_chat(messages)) + own
+            return len(self._encode_chat(messages, {})) + own
         self._refuse_megabytes(json.dumps(messages, ensure_ascii=False) + shown)
         return estimated_tokens(messages) + own
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode_chat`."""
-        self._refuse_megabytes(json.dumps(messages, ensure_ascii=False))
+        return self._encode_chat(messages, {})
+
+    def _encode_chat(self, messages: list[Message], tools: dict[str, Any]) -> list[int]:
+        self._refuse_megabytes(json.dumps(messages, ensure_ascii=False) + json.dumps(tools, ensure_ascii=False))
+        body = {"messages": wire_messages(messages), **tools}
         if self._owner == "llamacpp":
-            text = self._http.ask("POST", f"{self._http.root}/apply-template", {"messages": wire_messages(messages)})
+            text = self._http.ask("POST", f"{self._http.root}/apply-template", body)
             return self._tokens({"content": text.get("prompt"), "add_special": True})
-        return self._tokens({"model": self._model_id, "messages": wire_messages(messages)})
+        return self._tokens({"model": self._model_id, **body})
 
     def encode(self, text: str) -> list[int]:
         """See :meth:`gale.engine.request.Engine.encode`."""
@@ -178,13 +185,17 @@ class UpstreamEngine:
         self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
     ) -> AsyncGenerator[Event, None]:
         """See :meth:`gale.engine.request.Engine.chat`."""
-        body, optional = sampling_body(sampling, self._owner)
+        body, optional = sampling_body(sampling, self._owner, chat=True)
         if sampling.max_tokens is not None:
             body["max_tokens"] = min(sampling.max_tokens, self._context_length)
         if sampling.logprobs is not None:
-            body |= {"logprobs": True, "top_logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
-        body |= {"model": sampling.adapter or self._model_id, "messages": wire_messages(messages), **tool_fields(tools)}
-        events = self._answer("chat/completions", body, optional, sampling, lambda: estimated_tokens(messages))
+            body |= logprobs_fields(sampling.logprobs, self._owner, chat=True)
+        body |= {"model": sampling.adapter or self._model_id, "messages": wire_messages(messages)}
+        body |= tool_fields(tools, self._owner)
+        one_call = tools is not None and not tools.parallel
+        events = self._answer(
+            "chat/completions", body, optional, sampling, lambda: estimated_tokens(messages), one_call=one_call
+        )
         try:
             async for event in events:
                 yield event
@@ -205,13 +216,13 @@ class UpstreamEngine:
         room = self._context_length - len(prompt)
         if room < (0 if sampling.max_tokens == 0 else 1):
             raise ContextLengthError(len(prompt), self._context_length)
-        body, optional = sampling_body(sampling, self._owner)
+        body, optional = sampling_body(sampling, self._owner, chat=False)
         if sampling.grammar is not None and self._owner == "gale":
             raise UpstreamRefusedError("Gale as an upstream holds conversations to grammars, and not raw completions.")
         body |= {"model": sampling.adapter or self._model_id, "prompt": prompt}
         body["max_tokens"] = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if sampling.logprobs is not None:
-            body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
+            body |= logprobs_fields(sampling.logprobs, self._owner, chat=False)
         if sampling.prompt_logprobs:
             yield await self._prompt_scores(body, len(prompt), sampling.logprobs or 0, optional)
         if sampling.max_tokens == 0:
@@ -235,15 +246,20 @@ class UpstreamEngine:
         optional: set[str],
         sampling: SamplingParams,
         prompt_tokens: Callable[[], int],
+        *,
+        one_call: bool = False,
     ) -> AsyncGenerator[Event, None]:
-        """The events of an answer. Usage that the upstream does not tell is estimated: a chunk is taken for a token."""
+        """The events of an answer, which ends before a second tool call where there must be but one.
+
+        Usage that the upstream does not tell is estimated: a chunk is taken for a token.
+        """
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         chunks = self._chunks(path, body, optional | {"stream_options"})
         stops = StopScanner(sampling.stop)  # of upstreams that ignore stop strings there are enough
         calls = ToolCalls()
         reason: FinishReason | None = None
         usage: Usage | None = None
-        pieces = 0
+        pieces, enough = 0, False
         try:
             async for chunk in chunks:
                 usage = chunk.counts or usage
@@ -263,12 +279,15 @@ class UpstreamEngine:
                     if text:
                         yield TextDelta(text)
                     for call in choice.new_calls:
+                        if one_call and calls.begins_another(call):  # llama.cpp does not keep a model from it
+                            enough = True
+                            break
                         yield calls.delta(call)
-                    if stops.stopped:
+                    if stops.stopped or enough:
                         reason = "stop"
                     elif choice.finish_reason is not None:
                         reason = finish_reason(choice.finish_reason)
-                if stops.stopped:
+                if stops.stopped or enough:
                     break
         except EngineFailedError:
             if reason is None:  # else all has come but the last lines, with the counts
@@ -285,16 +304,16 @@ class UpstreamEngine:
 
     async def _chunks(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncGenerator[Chunk, None]:
         async with self._http.open(path, body, optional) as response:
-            events = aiter(httpx2.EventSource(response, MOST_EVENT_BYTES))
-            async for event in events:
-                if event.data.strip() == "[DONE]":
+            events = events_of(response, MOST_EVENT_BYTES)
+            async for data in events:
+                if data.strip() == "[DONE]":
                     # A response that was read to its end, which is near, leaves its connection for the next.
                     with suppress(TimeoutError):
                         async with asyncio.timeout(_END_PATIENCE_S):
                             await anext(events, None)
                     return
-                if event.data:  # else an id or a reconnection time by itself
-                    yield parse_chunk(event.data, self._context_length)
+                if data:  # else an empty one
+                    yield parse_chunk(data, self._context_length)
 
     async def _prompt_scores(self, body: dict[str, Any], tokens: int, top: int, optional: set[str]) -> PromptScores:
         """The scores of the prompt, asked for by themselves, so that the answer's text stands alone."""

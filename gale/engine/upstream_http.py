@@ -1,13 +1,20 @@
-"""The connections to an upstream: what is tried again, how long is waited, and how much is taken in."""
+"""The connections to an upstream: what is tried again, how long is waited, and how much is taken in.
+
+Answers come through aiohttp, which takes a quarter of the processor time of httpx2 for them (measured; LOG.md) but has
+no face for threads; the small questions that threads ask go through httpx2.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import Any
+from urllib.request import getproxies
 
+import aiohttp
 import httpx2
 import structlog
 
@@ -35,18 +42,30 @@ class UpstreamHttp:
     def __init__(self, url: str, key: str | None) -> None:
         self.base, self.root = _addresses(url)
         self.context_length = 0  # what errors are to tell, once it is known
-        headers = {"accept-encoding": "identity"}  # so that what is measured is what is held in memory
+        self._headers = {"accept-encoding": "identity"}  # so that what is measured is what is held in memory
         if key is not None:
-            headers["authorization"] = f"Bearer {key}"
+            self._headers["authorization"] = f"Bearer {key}"
         patience = httpx2.Timeout(settings().upstream_read_s, connect=settings().upstream_connect_s)
-        # As many connections as requests: how many there may be is the server's business, on either side.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)
-        self._http = httpx2.AsyncClient(headers=headers, timeout=patience, limits=limits)
-        self._blocking = httpx2.Client(headers=headers, timeout=patience, limits=limits)
+        self._blocking = httpx2.Client(headers=self._headers, timeout=patience)
         self._unwanted: set[str] = set()  # optional fields that this upstream has refused before
 
+    @cached_property
+    def _http(self) -> aiohttp.ClientSession:
+        """Made in the event loop that it belongs to."""
+        return aiohttp.ClientSession(
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=settings().upstream_connect_s, sock_read=settings().upstream_read_s
+            ),
+            # As many connections as requests: how many there may be is the server's business, on either side.
+            connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=bool(getproxies()),  # else it would look for a password file at every request
+        )
+
     @asynccontextmanager
-    async def open(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncIterator[httpx2.Response]:
+    async def open(self, path: str, body: dict[str, Any], optional: set[str]) -> AsyncIterator[aiohttp.ClientResponse]:
         """A response of status 2xx whose content is still to come. Faults of the connection, then and later, are raised
         as :class:`EngineFailedError`, refusals as :func:`as_error` says.
         """
@@ -54,36 +73,35 @@ class UpstreamHttp:
         while True:
             sent = {name: value for name, value in body.items() if name not in self._unwanted & optional}
             try:
-                request = self._http.build_request("POST", f"{self.base}/{path}", json=sent)
-                response = await self._http.send(request, stream=True)
-            except httpx2.TransportError as error:
-                if failures == RETRIES or isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout):
+                response = await self._http.post(f"{self.base}/{path}", json=sent, allow_redirects=False)
+            except aiohttp.ClientError as error:
+                if failures == RETRIES or isinstance(error, aiohttp.SocketTimeoutError):
                     raise _failed(error) from error
             else:
                 try:
-                    if response.is_success:
+                    if 200 <= response.status < 300:
                         yield response
                         return
                     said = _parsed(await content_of(response, _MOST_ERROR_BYTES, cut=True))
-                except httpx2.TransportError as error:
+                except aiohttp.ClientError as error:
                     raise _failed(error) from error
                 finally:
-                    await response.aclose()
-                refused = refused_fields(response.status_code, said, optional) - self._unwanted
+                    response.release()  # closes the connection where the answer was not read to its end
+                refused = refused_fields(response.status, said, optional) - self._unwanted
                 if refused:
                     self._unwanted |= refused
                     log.info("upstream_refused_defaults", fields=sorted(refused))
                     continue
-                if "max_tokens" in body and refused_fields(response.status_code, said, {"max_completion_tokens"}):
+                if "max_tokens" in body and refused_fields(response.status, said, {"max_completion_tokens"}):
                     body = {**body, "max_completion_tokens": body["max_tokens"]}
                     del body["max_tokens"]
                     continue
-                refusal = as_error(response.status_code, said, self.context_length)
+                refusal = as_error(response.status, said, self.context_length)
                 fits = isinstance(refusal, ContextLengthError) and refusal.prompt_tokens < refusal.context_length
                 if fits and "max_tokens" in body:  # the answer's limit alone is too long: then the context is the limit
                     body = {name: value for name, value in body.items() if name != "max_tokens"}
                     continue
-                passing = response.status_code in _PASSING and isinstance(refusal, EngineFailedError)
+                passing = response.status in _PASSING and isinstance(refusal, EngineFailedError)
                 if failures == RETRIES or not passing:
                     raise refusal
             await asyncio.sleep(_FIRST_PAUSE_S * 2**failures)
@@ -92,10 +110,10 @@ class UpstreamHttp:
     async def post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         """A small question from the event loop, answered by a JSON object."""
         try:
-            response = await self._http.post(url, json=body)
-        except httpx2.TransportError as error:
+            async with self._http.post(url, json=body, allow_redirects=False) as response:
+                return self._object(response.status, await content_of(response, MOST_ANSWER_BYTES))
+        except aiohttp.ClientError as error:
             raise _failed(error) from error
-        return self._object(response.status_code, response.content)
 
     def ask(self, method: str, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """A small question, answered by a JSON object; from any thread."""
@@ -117,7 +135,7 @@ class UpstreamHttp:
 
     async def close(self) -> None:
         """End all requests and their connections."""
-        await self._http.aclose()
+        await self._http.close()
         self._blocking.close()
 
     def give_up(self) -> None:
@@ -141,10 +159,29 @@ def _addresses(url: str) -> tuple[str, str]:
     return base, base.removesuffix("/v1")
 
 
-async def content_of(response: httpx2.Response, most: int, *, cut: bool = False) -> bytes:
+async def events_of(response: aiohttp.ClientResponse, most: int) -> AsyncGenerator[str, None]:
+    """The data of each server-sent event (WHATWG HTML, section 9.2), of at most so many bytes; what else an event may
+    have is left aside. Lines end with LF or CR LF."""
+    held, size = b"", 0
+    lines: list[bytes] = []
+    async for part in response.content.iter_any():
+        *whole, held = (held + part).split(b"\n")
+        for line in whole:
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                lines.append(line[5:].removeprefix(b" "))
+                size += len(line)
+            elif not line and lines:
+                yield b"\n".join(lines).decode("utf-8", "replace")
+                lines, size = [], 0
+        if size + len(held) > most:
+            raise malformed("an event is too long")
+
+
+async def content_of(response: aiohttp.ClientResponse, most: int, *, cut: bool = False) -> bytes:
     """The body, of which at most so much is taken in: what is more is an error, or cut off."""
     content = bytearray()
-    async for part in response.aiter_raw():
+    async for part in response.content.iter_any():
         content += part
         if len(content) > most:
             if cut:
@@ -161,11 +198,10 @@ def _parsed(content: bytes) -> Any:
         return content.decode("utf-8", "replace")
 
 
-def _failed(error: httpx2.TransportError) -> EngineFailedError:
-    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return EngineFailedError("The upstream cannot be reached.", hint="Is it running, and is its address right?")
-    if isinstance(error, httpx2.TimeoutException):
+def _failed(error: aiohttp.ClientError | httpx2.TransportError) -> EngineFailedError:
+    if isinstance(error, aiohttp.SocketTimeoutError | httpx2.ReadTimeout | httpx2.WriteTimeout):
         return EngineFailedError("The upstream has been silent for too long.", hint="See GALE_UPSTREAM_READ_S.")
-    if isinstance(error, httpx2.SSEError):
-        return malformed(str(error).rstrip("."))
+    connecting = aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
+    if isinstance(error, connecting | httpx2.ConnectError | httpx2.ConnectTimeout):
+        return EngineFailedError("The upstream cannot be reached.", hint="Is it running, and is its address right?")
     return EngineFailedError("The upstream broke off.")

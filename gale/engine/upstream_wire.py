@@ -54,7 +54,7 @@ class UpstreamRefusedError(GaleError):
     """The upstream does not take this request, or cannot give what is asked for."""
 
 
-def sampling_body(sampling: SamplingParams, owner: str) -> tuple[dict[str, Any], set[str]]:
+def sampling_body(sampling: SamplingParams, owner: str, *, chat: bool) -> tuple[dict[str, Any], set[str]]:
     """The fields for ``sampling``, and which of them nobody asked for, so that they may be left out if refused.
 
     ``owner`` is who runs the server, as ``/v1/models`` says in ``owned_by``. Temperature and top-p are always said,
@@ -79,34 +79,45 @@ def sampling_body(sampling: SamplingParams, owner: str) -> tuple[dict[str, Any],
         body[field.name] = list(value) if isinstance(value, tuple) else value
         optional.discard(field.name)
     if sampling.grammar is not None:
-        body |= _grammar_fields(sampling.grammar, owner)
+        body |= _grammar_fields(sampling.grammar, owner, chat)
     names = _OTHER_NAMES.get(owner, {})
     return {names.get(name, name): value for name, value in body.items()}, {names.get(name, name) for name in optional}
 
 
-def _grammar_fields(grammar: Grammar, owner: str) -> dict[str, Any]:
+def logprobs_fields(top: int, owner: str, *, chat: bool) -> dict[str, Any]:
+    """The fields that ask for scores with the ``top`` best tokens beside each; llama.cpp gives none for no best."""
+    top = max(1, top) if owner == "llamacpp" else top
+    asked = {"logprobs": True, "top_logprobs": top} if chat else {"logprobs": top}
+    return asked | {"return_tokens_as_token_ids": True}
+
+
+def _grammar_fields(grammar: Grammar, owner: str, chat: bool) -> dict[str, Any]:
     if grammar.kind == "json_schema":
         try:
             schema = json.loads(str(grammar.value))
         except (ValueError, RecursionError) as error:
             raise GrammarError("The schema is not JSON.") from error
+        if owner == "llamacpp" and not chat:  # whose completions leave a response_format aside without a word
+            return {"json_schema": schema}
         form = {"name": "answer", "schema": schema, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": form}}
     if grammar.kind == "regex" and owner == "sglang":
         return {"regex": grammar.value}
+    if grammar.kind == "choice" and owner == "llamacpp":  # in its own notation, GBNF
+        return {"grammar": "root ::= " + " | ".join(json.dumps(each, ensure_ascii=False) for each in grammar.value)}
     if grammar.kind != "spans" and owner in ("vllm", "gale"):
         value = grammar.value if isinstance(grammar.value, str) else list(grammar.value)
         return {"structured_outputs": {"grammar" if grammar.kind == "lark" else grammar.kind: value}}
     raise UpstreamRefusedError(f"A grammar of the kind '{grammar.kind}' cannot be passed on to this upstream.")
 
 
-def tool_fields(tools: Tools | None) -> dict[str, Any]:
+def tool_fields(tools: Tools | None, owner: str) -> dict[str, Any]:
     """The fields for ``tools``. Those that must not be called are left out: not every server can forbid one."""
     if tools is None:
         return {}
     named = [{"type": "function", "function": function} for function in tools.callable]
     choice: Any = "required" if tools.required else "auto"
-    if tools.required and len(named) == 1:
+    if tools.required and len(named) == 1 and owner != "llamacpp":  # which would take a name for "auto"
         choice = {"type": "function", "function": {"name": tools.callable[0]["name"]}}
     return {"tools": named, "tool_choice": choice} | ({} if tools.parallel else {"parallel_tool_calls": False})
 
@@ -203,6 +214,10 @@ class ToolCalls:
 
     def __init__(self) -> None:
         self._places: dict[int, int] = {}
+
+    def begins_another(self, call: _ToolCall) -> bool:
+        """Whether this is the first part of a call beside one that has begun."""
+        return bool(self._places) and call.index not in self._places
 
     def delta(self, call: _ToolCall) -> ToolCallDelta:
         """The next part of a call. Raises :class:`EngineFailedError` for a call of nothing."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gale.core import files
 from gale.core.errors import ModelError
-from gale.model.checkpoint import WEIGHTS, assembling, dtype_name, full_names, stored_weights
+from gale.model.checkpoint import WEIGHTS, dtype_name, full_names, stored_weights
 from gale.model.config import ModelConfig
 from gale.model.gguf_file import GgufFile, GgufTensor
 from gale.model.gguf_tokenizer import end_tokens, read_tokenizer
@@ -38,16 +38,6 @@ _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def load_gguf(path: Path, *, dtype: torch.dtype, device: torch.device | None = None) -> Decoder:
-    """The decoder of a GGUF file, in evaluation mode. Raises :class:`ModelError`."""
-    file = GgufFile.read(path)
-    config = gguf_config(file)
-    with assembling(config, dtype=dtype, device=device) as (model, take):
-        for name, weight in _weights(file, config):
-            take(name, weight)
-    return model.eval()
-
-
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a folder in Hugging Face layout, with tokenizer and chat template.
 
@@ -61,7 +51,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
     if len(kinds) > 1:
         dtype = torch.float16 if kinds == {Kind.F16, Kind.F32} else torch.bfloat16
     shapes = {name: (dtype, list(weight.shape)) for name, weight in full_names(_empty_weights(config))}
-    write(folder / WEIGHTS, shapes, ((name, weight.to(dtype)) for name, weight in full_names(_weights(file, config))))
+    write(
+        folder / WEIGHTS, shapes, ((name, weight.to(dtype)) for name, weight in full_names(gguf_weights(file, config)))
+    )
     files.write_json(folder / "config.json", config.to_hugging_face(dtype=dtype_name(dtype)))
     files.write_json(folder / "generation_config.json", {"eos_token_id": end_tokens(file)})
     tokenizer.save(folder)
@@ -162,10 +154,10 @@ def _empty_weights(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     yield from stored_weights(model)
 
 
-def _weights(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def gguf_weights(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Every weight in fp32 under the name of :func:`gale.model.checkpoint.stored_weights`, in its order.
 
-    All names and shapes are compared before the first is given.
+    All names and shapes are compared before the first is given. Raises :class:`ModelError`.
     """
     name_of = gguf.get_tensor_name_map(_ARCHITECTURES[file.fields["general.architecture"]][0], config.layers)
     found: dict[str, tuple[str, int | None]] = {}

@@ -115,11 +115,6 @@ class Admission:
             raise
         return Ticket(self, model, self.kind or kind, price, tokens, shared, hold, reservation)
 
-    def record(self, model: str, kind: str, usage: Usage) -> None:
-        """Count what was used without having been let pass."""
-        price = self._metering.price(model, self._base)
-        self._write(model, kind, usage, price.cost(usage), {})
-
     def end(self, ticket: Ticket, usage: Usage) -> None:
         """Count what ``ticket`` used and give back the rest."""
         self._leave()

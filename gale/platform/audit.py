@@ -23,8 +23,13 @@ EventType = Literal[
     "api_key.created",
     "api_key.updated",
     "api_key.deleted",
-    "budget.deleted",  # these two are ours
+    "budget.deleted",  # those of budgets and fine-tuning are ours
     "budget.updated",
+    "fine_tuned_model.deleted",
+    "fine_tuning_job.cancelled",
+    "fine_tuning_job.created",
+    "fine_tuning_job.paused",
+    "fine_tuning_job.resumed",
     "login.succeeded",
     "login.failed",
     "logout.succeeded",

@@ -2,8 +2,9 @@
 
 Of each budget ``used + held`` never passes the limit. A process takes money out of a budget in blocks before it needs
 it (:func:`take`), hands parts of a block to requests (see :mod:`gale.platform.purses`), and says in the same
-transaction as it writes what was used how much of its block that was (:func:`charge`). The functions that take a
-connection run inside of transactions of others.
+transaction as it writes what was used how much of its block that was (:func:`charge`). A job that outlives processes
+holds what it may cost under its own name (:func:`hold`). The functions that take a connection run inside of
+transactions of others.
 """
 
 from __future__ import annotations
@@ -59,9 +60,16 @@ def period_began(period: Period, now_us: int) -> int:
     """When the day or the month (in UTC) began in which ``now_us`` lies."""
     if period == "total":
         return 0
-    now = datetime.fromtimestamp(now_us / 1e6, UTC)
+    now = datetime.fromtimestamp(now_us // 1_000_000, UTC)
     began = now.replace(hour=0, minute=0, second=0, microsecond=0)
     return int((began if period == "day" else began.replace(day=1)).timestamp()) * 1_000_000
+
+
+def spent_error(key: BudgetKey, what: str, hint: str) -> BudgetSpentError:
+    """Says which budget has too little left for ``what``."""
+    kind, name = key.scope
+    whole = {"day": "daily budget", "month": "monthly budget", "total": "budget"}[key.period]
+    return BudgetSpentError(f"The {whole} of {kind} {name} has too little left for {what}.", hint=hint)
 
 
 def read_budgets(connection: Connection, now_us: int) -> list[Budget]:
@@ -121,14 +129,39 @@ def renew(connection: Connection, process_id: str, blocks: Mapping[BudgetKey, in
 
 def bury(connection: Connection, process_id: str, beats: int | None = None) -> None:
     """Free all that a process holds that has ended, or that is dead if its count still stands at ``beats``."""
-    holds, processes = tables.holds, tables.processes
+    processes = tables.processes
     ended = delete(processes).where(processes.c.id == process_id)
     if beats is not None and connection.execute(ended.where(processes.c.beats == beats)).rowcount == 0:
         return
     connection.execute(ended)
-    for row in connection.execute(select(holds).where(holds.c.process_id == process_id)).all():
-        _hold(connection, process_id, _key(row), -row.amount_micro)
-    connection.execute(delete(holds).where(holds.c.process_id == process_id))
+    release(connection, process_id)
+
+
+def room_in_all(connection: Connection, scopes: Iterable[Scope], amount: int, now_us: int) -> list[BudgetKey]:
+    """The budgets of ``scopes``, each of which has room for ``amount``; raises :class:`BudgetSpentError` otherwise."""
+    table, wanted = tables.budgets, set(scopes)
+    near = table.c.scope_id.in_({scope_id for _, scope_id in wanted})
+    found = [key for key in map(_key, connection.execute(select(table).where(near)).all()) if key.scope in wanted]
+    for key in found:
+        if (room := _current(connection, key, now_us).room) < amount:
+            what = f"this job, which may cost up to {amount / 1e6:,.6g} where {room / 1e6:,.6g} is left"
+            raise spent_error(key, what, "Train on fewer tokens or epochs, or have the budget raised.")
+    return found
+
+
+def hold(connection: Connection, job_id: str, scopes: Iterable[Scope], amount: int, now_us: int) -> None:
+    """Set ``amount`` aside for a job in every budget of ``scopes``, until :func:`release`, whichever processes live
+    meanwhile. Raises :class:`BudgetSpentError`."""
+    for key in room_in_all(connection, scopes, amount, now_us) if amount else ():
+        _hold(connection, job_id, key, amount)
+
+
+def release(connection: Connection, holder_id: str) -> None:
+    """Free all that a process or a job holds."""
+    holds = tables.holds
+    for row in connection.execute(select(holds).where(holds.c.process_id == holder_id)).all():
+        _hold(connection, holder_id, _key(row), -row.amount_micro)
+    connection.execute(delete(holds).where(holds.c.process_id == holder_id))
 
 
 def read_processes(connection: Connection) -> dict[str, int]:

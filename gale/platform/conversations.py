@@ -136,6 +136,10 @@ class Conversations:
 
         def work(connection: Connection) -> None:
             self._conversation(connection, conversation_id)
+            messages = tables.messages
+            # Taken apart first: SQLite follows references to what is deleted no deeper than a thousand.
+            own = messages.c.conversation_id == conversation_id
+            connection.execute(update(messages).where(own).values(parent_id=None))
             connection.execute(delete(tables.conversations).where(tables.conversations.c.id == conversation_id))
 
         await self._database.write(work)

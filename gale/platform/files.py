@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sqlalchemy import Connection, Select, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Select, delete, insert, or_, select, update
 
 from gale.platform import tables
 from gale.platform.access import Actor
 from gale.platform.clock import now_us
 from gale.platform.database import Database
-from gale.platform.errors import ConflictError, NotFoundError, PurposeError, StorageQuotaError
+from gale.platform.errors import ConflictError, NotFoundError, PurposeError
 from gale.platform.file_folder import ABANDONED_S, Digest, FileFolder, IncomingFile, digest, place
 from gale.platform.ids import new_id
 from gale.platform.jobs import unfinished
 from gale.platform.listing import Listing, Order, page_of
+from gale.platform.storage_quota import check_quota, write_with_room
 from gale.platform.text import storable
 
 # What people may upload; the server itself also makes what ``batch_output`` and ``fine-tune-results`` name.
@@ -79,17 +80,21 @@ class Files:
     ) -> File:
         """Make what was written a file, kept for ``lasts_s`` seconds or for ever.
 
-        ``upload_id`` names the upload for which the space was set aside. Raises :class:`StorageQuotaError` or
-        :class:`NoSpaceError`, and leaves nothing then.
+        ``upload_id`` names the upload that it is made of, which has its space already. Raises
+        :class:`StorageQuotaError` or :class:`NoSpaceError`, and leaves nothing then.
         """
         written = await asyncio.to_thread(incoming.finish)
         file = self._new(new_id("file"), written, filename, purpose, lasts_s)
 
         def arrive(connection: Connection) -> None:
-            check_quota(connection, self._project, self.limits, written.size, upload_id)
+            if upload_id is None:
+                check_quota(connection, self._project, self.limits.project_bytes, written.size)
+            else:
+                uploads = tables.uploads
+                connection.execute(update(uploads).where(uploads.c.id == upload_id).values(file_id=file.id))
             connection.execute(insert(_TABLE).values(_values(file)))
 
-        await self._database.write(arrive, durable=True)
+        await write_with_room(self._database, self.folder, self._project, arrive, durable=True)
         try:
             await asyncio.to_thread(incoming.keep, self.folder.path(file.id))
         except Exception:
@@ -185,31 +190,6 @@ class Files:
         if row is None:
             raise NotFoundError(f"There is no file '{file_id[:100]}'.")
         return _file(row)
-
-
-def check_quota(
-    connection: Connection, project_id: str, limits: FileLimits, size: int, upload_id: str | None = None
-) -> None:
-    """Raises :class:`StorageQuotaError` where ``size`` more bytes are more than the project may keep.
-
-    What uploads in progress said they would bring counts as there, but for ``upload_id``, whose file this is.
-    """
-    uploads = tables.uploads
-    kept = connection.execute(select(func.sum(_TABLE.c.bytes)).where(_TABLE.c.project_id == project_id)).scalar()
-    coming = connection.execute(
-        select(func.sum(uploads.c.bytes)).where(
-            uploads.c.project_id == project_id,
-            uploads.c.status.in_(("pending", "completing")),
-            uploads.c.expires_at > now_us(),
-            uploads.c.id != (upload_id or ""),
-        )
-    ).scalar()
-    used = int(kept or 0) + int(coming or 0)
-    if used + size > limits.project_bytes:
-        raise StorageQuotaError(
-            f"The project keeps {used:,} bytes and may keep {limits.project_bytes:,}; this needs {size:,} more. "
-            "Delete files that are not needed any more."
-        )
 
 
 async def sweep(database: Database, folder: FileFolder, abandoned_s: float = ABANDONED_S) -> None:

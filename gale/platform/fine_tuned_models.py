@@ -20,10 +20,12 @@ from gale.core.errors import ModelError
 from gale.engine.request import UnknownAdapterError
 from gale.platform import tables
 from gale.platform.access import Actor, authorize
+from gale.platform.audit import record
 from gale.platform.database import Database
 from gale.platform.errors import NotFoundError
 from gale.platform.fine_tuning import KIND, job_folder
 from gale.platform.jobs import FINAL_STATES
+from gale.train.job_recipe import RUN
 
 PREFIX = "ft:"
 _TABLE = tables.jobs
@@ -95,7 +97,8 @@ class FineTunedModels:
             self._loaded[model.name] = model
 
     def withdraw(self, models: list[FineTuned]) -> None:
-        """Take back what was served, of a job that was cancelled in its last moment."""
+        """Take back what was served of a job that could not be said to have ended, such as one that was cancelled in
+        its last moment. If it was said after all, :meth:`refresh` serves them again."""
         for model in models:
             self._unload(model.name)
 
@@ -118,8 +121,10 @@ class FineTunedModels:
                     log.warning("fine_tuned_model_not_served", model=model.name, reason=error.message)
 
             for job_id in ended.keys() - self._tidied:
-                # People who delete a file want no copy of it left, and a job that ended needs none.
-                await asyncio.to_thread(shutil.rmtree, job_folder(self._home, job_id) / "data", ignore_errors=True)
+                # People who delete a file want no copy of it left, and a job that ended needs none; nor does it go on
+                # from a checkpoint.
+                for name in ("data", f"{RUN}/checkpoints"):
+                    await asyncio.to_thread(shutil.rmtree, job_folder(self._home, job_id) / name, ignore_errors=True)
                 self._tidied.add(job_id)
 
     async def delete(self, actor: Actor, name: str) -> None:
@@ -134,6 +139,7 @@ class FineTunedModels:
             kept = [each for each in row.result.get("models", []) if each["name"] != name]
             values = {"result": {**row.result, "models": kept}}
             connection.execute(update(_TABLE).where(_TABLE.c.id == model.job_id).values(values))
+            record(connection, actor, "fine_tuned_model.deleted", name, project_id=model.project_id)
 
         await self._database.write(forget)
         self._unload(name)

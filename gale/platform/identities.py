@@ -1,16 +1,16 @@
 """From a key or a session to whom it stands for, on every request.
 
 A key is looked up by its whole HMAC, never by a part of it, and a wrong one costs the same as a right one: a digest
-and a look-up. What a request must not wait for, the time of a key's last use, is written beside requests.
+and a look-up, which is remembered for seconds and made together with those of other requests. What a request must not
+wait for, the time of a key's last use, is written beside requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,10 +24,15 @@ from gale.platform.database import Database
 from gale.platform.keys import is_well_formed
 from gale.platform.recent import Recent
 from gale.platform.secret import Secret
+from gale.platform.together import Together
 
 _MOST_CHARACTERS = 256
 _USE_WRITTEN_EVERY_S = 60.0
 _FLUSH_S = 10.0
+
+
+# What is shown of oneself, as its kind and its digest.
+_Shown = tuple[Literal["key", "session"], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Identities:
         self._clock = clock
         self._known = Recent[_Known](clock=clock)
         self._local = Recent[bool](clock=clock)
+        self._together = Together(self._find)
         self._accounts_exist = False
         self._used: dict[str, int] = {}
         self._use_written: dict[str, float] = {}
@@ -110,12 +116,24 @@ class Identities:
                 del self._used[key_id]
 
     async def _get(self, kind: Literal["key", "session"], text: str) -> Actor | None:
-        digest = self._secret.digest(kind, text)
-        find = _find_key if kind == "key" else _find_session
-        known = await self._known.get((kind, digest), lambda: self._database.read(lambda c: find(c, digest)))
+        shown: _Shown = (kind, self._secret.digest(kind, text))
+        known = await self._known.get(shown, lambda: self._together.get(shown))
         if known is None or (known.expires_at is not None and known.expires_at <= now_us()):
             return None
         return known.actor
+
+    async def _find(self, wanted: Sequence[_Shown]) -> dict[_Shown, _Known]:
+        """Those of ``wanted`` that are known, in one read."""
+
+        def work(connection: Connection) -> dict[_Shown, _Known]:
+            keys = _find_keys(connection, [digest for kind, digest in wanted if kind == "key"])
+            sessions = _find_sessions(connection, [digest for kind, digest in wanted if kind == "session"])
+            return {
+                **{("key", digest): known for digest, known in keys.items()},
+                **{("session", digest): known for digest, known in sessions.items()},
+            }
+
+        return await self._database.read(work)
 
 
 def has_accounts(connection: Connection) -> bool:
@@ -131,12 +149,13 @@ def has_accounts(connection: Connection) -> bool:
     )
 
 
-def _find_key(connection: Connection, digest: bytes) -> _Known | None:
+def _find_keys(connection: Connection, digests: list[bytes]) -> dict[bytes, _Known]:
+    if not digests:
+        return {}
     keys = tables.api_keys
-    row = connection.execute(select(keys).where(keys.c.digest == digest, keys.c.revoked_at.is_(None))).one_or_none()
-    if row is None or not hmac.compare_digest(bytes(row.digest), digest):
-        return None
-    return _holder(connection, row)
+    rows = connection.execute(select(keys).where(keys.c.digest.in_(digests), keys.c.revoked_at.is_(None))).all()
+    holders = {bytes(row.digest): _holder(connection, row) for row in rows}
+    return {digest: known for digest, known in holders.items() if known is not None}
 
 
 def may_go_on(connection: Connection, actor: Actor) -> bool:
@@ -180,14 +199,16 @@ def _holder(connection: Connection, row: Row[Any]) -> _Known | None:
     return _Known(actor, row.expires_at)
 
 
-def _find_session(connection: Connection, digest: bytes) -> _Known | None:
+def _find_sessions(connection: Connection, digests: list[bytes]) -> dict[bytes, _Known]:
+    if not digests:
+        return {}
     sessions = tables.sessions
-    query = select(sessions).where(sessions.c.digest == digest, sessions.c.kind == "browser")
-    row = connection.execute(query).one_or_none()
-    if row is None or not hmac.compare_digest(bytes(row.digest), digest):
-        return None
-    actor = person(connection, row.user_id)
-    return None if actor is None else _Known(actor, row.expires_at)
+    query = select(sessions).where(sessions.c.digest.in_(digests), sessions.c.kind == "browser")
+    found: dict[bytes, _Known] = {}
+    for row in connection.execute(query).all():
+        if (actor := person(connection, row.user_id)) is not None:
+            found[bytes(row.digest)] = _Known(actor, row.expires_at)
+    return found
 
 
 def person(connection: Connection, user_id: str) -> Actor | None:

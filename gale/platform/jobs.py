@@ -27,6 +27,8 @@ FINAL_STATES = frozenset(("completed", "succeeded", "failed", "expired", "cancel
 
 Level = Literal["info", "warn", "error"]
 _TABLE = tables.jobs
+# How far the clocks of several servers on one database may be apart.
+MOST_SKEW_S = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,10 @@ class JobEvent:
     created_at: int
 
 
+# What is done with the job as it is made or moved, in the same transaction; it may refuse that by raising.
+Also = Callable[[Connection, Job], None]
+
+
 class Jobs:
     """All jobs. What a tenant asks names its :class:`Actor`; what a worker does names the :class:`Job` it claimed."""
 
@@ -97,9 +103,9 @@ class Jobs:
         prefix: str,
         state: str,
         result: dict[str, Any] | None = None,
-        check: Callable[[Connection], None] | None = None,
+        also: Also | None = None,
     ) -> Job:
-        """A new job with an id of ``prefix``, to be claimed. ``check`` may refuse it, in the same transaction."""
+        """A new job with an id of ``prefix``, to be claimed."""
         rights = {
             "role": actor.role,
             "scopes": None if actor.scopes is None else sorted(actor.scopes),
@@ -125,8 +131,8 @@ class Jobs:
         )
 
         def work(connection: Connection) -> None:
-            if check is not None:
-                check(connection)
+            if also is not None:
+                also(connection, job)
             connection.execute(insert(_TABLE).values(asdict(job)))
 
         await self._database.write(work, durable=True)
@@ -156,6 +162,7 @@ class Jobs:
         from_states: Collection[str],
         to_state: str,
         result: dict[str, Any] | None = None,
+        also: Also | None = None,
     ) -> Job:
         """Move a job because its tenant asks for it (cancel, pause, resume), whoever is at work on it.
 
@@ -164,7 +171,7 @@ class Jobs:
 
         def work(connection: Connection) -> Job:
             job = _owned(connection, actor, kind, job_id, lock=True)
-            return _moved(connection, job, from_states, to_state, result)
+            return _moved(connection, job, from_states, to_state, result, also)
 
         return await self._database.write(work)
 
@@ -178,7 +185,13 @@ class Jobs:
         def work(connection: Connection) -> Job | None:
             now = now_us()
             wanted = [and_(_TABLE.c.kind == kind, _TABLE.c.state.in_(sorted(states))) for kind, states in kinds.items()]
-            free = or_(_TABLE.c.lease_until.is_(None), _TABLE.c.lease_until <= now)
+            lease_until = _TABLE.c.lease_until
+            free = or_(
+                lease_until.is_(None),
+                lease_until <= now,
+                # Nobody was given that much: the clock has been set back since, and nobody waits for it to come round.
+                lease_until > now + _microseconds(lease_s + MOST_SKEW_S),
+            )
             query = select(_TABLE).where(or_(*wanted), free).order_by(_TABLE.c.created_at, _TABLE.c.id)
             # Where several processes claim together, each passes over what another is just taking.
             row = connection.execute(query.limit(1).with_for_update(skip_locked=True)).one_or_none()
@@ -212,7 +225,12 @@ class Jobs:
         return await self._database.write(work)
 
     async def move(
-        self, job: Job, from_states: Collection[str], to_state: str, result: dict[str, Any] | None = None
+        self,
+        job: Job,
+        from_states: Collection[str],
+        to_state: str,
+        result: dict[str, Any] | None = None,
+        also: Also | None = None,
     ) -> Job:
         """A claimed job's next state, with ``result``'s keys put into its own; a final one ends the lease.
 
@@ -220,7 +238,7 @@ class Jobs:
         """
 
         def work(connection: Connection) -> Job:
-            return _moved(connection, _held(connection, job), from_states, to_state, result)
+            return _moved(connection, _held(connection, job), from_states, to_state, result, also)
 
         return await self._database.write(work)
 
@@ -281,6 +299,12 @@ def unfinished(connection: Connection, project_id: str) -> list[Job]:
     return [Job(*tuple(row)) for row in connection.execute(query)]
 
 
+def count_unfinished(connection: Connection, project_id: str, kind: str) -> int:
+    """How many of them are of one kind."""
+    here = (_TABLE.c.project_id == project_id, _TABLE.c.kind == kind, _TABLE.c.state.not_in(sorted(FINAL_STATES)))
+    return connection.execute(select(func.count()).where(*here)).scalar_one()
+
+
 def _of_project(actor: Actor, kind: str) -> Select[Any]:
     return select(_TABLE).where(_TABLE.c.project_id == actor.project, _TABLE.c.kind == kind)
 
@@ -305,14 +329,22 @@ def _held(connection: Connection, job: Job) -> Job:
 
 
 def _moved(
-    connection: Connection, job: Job, from_states: Collection[str], to_state: str, result: dict[str, Any] | None
+    connection: Connection,
+    job: Job,
+    from_states: Collection[str],
+    to_state: str,
+    result: dict[str, Any] | None,
+    also: Also | None,
 ) -> Job:
     if job.state not in from_states:
         raise ConflictError(f"The job {job.id} is {job.state} and cannot become {to_state}.")
     values: dict[str, Any] = {"state": to_state, "result": {**job.result, **(result or {})}}
     if to_state in FINAL_STATES:
         values |= {"lease_owner": None, "lease_until": None}
-    return _updated(connection, job, values)
+    moved = _updated(connection, job, values)
+    if also is not None:
+        also(connection, moved)
+    return moved
 
 
 def _updated(connection: Connection, job: Job, values: dict[str, Any]) -> Job:

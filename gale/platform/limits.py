@@ -16,7 +16,7 @@ Measure = Literal["requests", "tokens"]
 
 
 class LimitExceededError(GaleError):
-    """More than a limit allows. ``wait_s`` seconds from now it may go; None where it never can."""
+    """More than a limit allows. ``wait_s`` seconds from now it may go; None where waiting alone does not help."""
 
     def __init__(self, message: str, measure: Measure, wait_s: float | None) -> None:
         super().__init__(message)
@@ -52,8 +52,9 @@ def read_limits(connection: Connection) -> list[Limit]:
 def limits_of(connection: Connection, scope: Scope) -> list[Limit]:
     """The limits of ``scope``, that for all models first."""
     table = tables.limits
-    query = select(table).where(table.c.scope == scope[0], table.c.scope_id == scope[1]).order_by(table.c.model)
-    return [_limit(row) for row in connection.execute(query)]
+    query = select(table).where(table.c.scope == scope[0], table.c.scope_id == scope[1])
+    # Not by the database, whose order of names is that of its language.
+    return sorted((_limit(row) for row in connection.execute(query)), key=lambda limit: limit.model)
 
 
 def change_limits(connection: Connection, scope: Scope, model: str, values: Mapping[str, int | None]) -> Limit:

@@ -124,11 +124,14 @@ class MeteredEngine:
             stopped = True
             raise
         finally:
+            prompt_tokens = ticket.prompt_tokens if ticket is not None else None
             try:
                 await events.aclose()
+                if stopped and usage is None and progress.usage is None and said and prompt_tokens is None:
+                    prompt_tokens = await asyncio.to_thread(count)
+            finally:  # also where a server that stops has no patience with what stands before
                 if usage is None and stopped:  # what our own failure cut short costs nothing
-                    usage = progress.usage or Usage(await asyncio.to_thread(count) if said else 0, said)
-            finally:
+                    usage = progress.usage or Usage((prompt_tokens or 0) if said else 0, said)
                 if ticket is not None:
                     ticket.end(usage)
 

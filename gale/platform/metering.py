@@ -20,10 +20,10 @@ import structlog
 from sqlalchemy import Connection
 
 from gale.core.errors import StoreError
-from gale.engine.request import Engine, Reader, Usage
+from gale.engine.request import Engine, Reader
 from gale.platform.access import Actor
 from gale.platform.admission import Admission
-from gale.platform.budgets import Budget, read_budgets, read_processes
+from gale.platform.budgets import Budget, BudgetSpentError, read_budgets, read_processes
 from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.ids import new_id
@@ -43,6 +43,7 @@ REFRESH_S = 2.0
 _DAY_US = 24 * HOUR_US
 
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
+Result = TypeVar("Result")
 
 log = structlog.get_logger("gale.platform.metering")
 
@@ -122,11 +123,6 @@ class Metering:
         """One request of ``actor`` for a ``model`` that is no engine."""
         return Admission(self, actor, base=model, longest=0, kind=None, batch=batch, request_id=request_id)
 
-    def record(self, actor: Actor, model: str, kind: str, usage: Usage, *, base: str = "") -> None:
-        """Count what was used without an engine of ours, such as the tokens of a training. Nothing limits it."""
-        admission = Admission(self, actor, base=base, longest=0, kind=None, batch=True, request_id=None)
-        admission.record(model, kind, usage)
-
     def price(self, model: str, base: str) -> Price:
         """What ``model`` over ``base`` costs."""
         return price_of(self._prices, model, base)
@@ -137,6 +133,8 @@ class Metering:
             return
         async with self._loading:
             if not self._loaded:
+                # First what a killed server used, then that what it held is free.
+                await self._done(self.queue.replay)
                 await self.purses.beat()
                 await self.refresh()
 
@@ -166,9 +164,20 @@ class Metering:
                 self.rates.count_earlier(limit, requests, max(0.0, (now - hour - HOUR_US) / 1e6))
         self._loaded = True
 
+    async def with_all_that_is_free(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """The result of ``work``, done again where a budget was too small while this process kept some of it to itself.
+
+        Raises what ``work`` does, :class:`BudgetSpentError` among it.
+        """
+        try:
+            return await work()
+        except BudgetSpentError:
+            await self.purses.give_back()
+            return await work()
+
     async def run(self) -> None:
         """Write usage, renew what is held and read what has changed, until cancelled; then write what is left."""
-        every = {self.queue.flush: 0.0, self.purses.beat: 0.0, self.refresh: REFRESH_S, self.queue.replay: LIFE_S}
+        every = {self.queue.replay: LIFE_S, self.queue.flush: 0.0, self.purses.beat: 0.0, self.refresh: REFRESH_S}
         due = dict.fromkeys(every, 0.0)
         try:
             while True:

@@ -49,7 +49,8 @@ class Organisations:
     async def all(self) -> list[Organisation]:
         """The oldest first."""
         table = tables.organisations
-        rows = await self._database.read(lambda c: c.execute(select(table).order_by(table.c.created_at)).all())
+        query = select(table).order_by(table.c.created_at, table.c.id)
+        rows = await self._database.read(lambda connection: connection.execute(query).all())
         return [Organisation(*row) for row in rows]
 
     async def create(self, name: str) -> tuple[Organisation, Project]:

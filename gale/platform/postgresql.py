@@ -27,6 +27,7 @@ from gale.platform.database import Database, Result
 from gale.platform.loop_thread import LoopThread
 from gale.platform.migrate import migrate
 from gale.platform.postgresql_faults import BUSY, Fault, fault_of
+from gale.platform.text import json_text
 
 CONNECTIONS = 8
 PATIENCE_S = 5.0  # for a connection, for locks of others, and until a conflict or a lost server is given up
@@ -50,6 +51,7 @@ class PostgresqlDatabase(Database):
             pool_size=CONNECTIONS,
             max_overflow=0,
             pool_timeout=PATIENCE_S,
+            json_serializer=json_text,
             connect_args=_connect_args(STATEMENT_TIMEOUT_S),
         )
         self._reading = self._pool.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)

@@ -20,6 +20,7 @@ _HINTS = {
     "53100": "Free some space on the server; nothing that was stored is lost.",
     "53200": "The server has no memory left.",
     "53300": "Raise max_connections on the server, or start fewer processes.",
+    "54000": "A name or an id is longer than an index of the database can hold; give a shorter one.",
     "55P03": "Another process holds it for a long time; try again.",
     "25006": "The server only reads, as a standby does; give --db the one that also writes.",
     "57014": "The statement took too long.",

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from gale.core.errors import StoreError
 from gale.platform import budgets
-from gale.platform.budgets import Budget, BudgetKey, BudgetSpentError
+from gale.platform.budgets import Budget, BudgetKey, spent_error
 from gale.platform.database import Database
 from gale.platform.scopes import Scope
 
@@ -27,6 +27,7 @@ BEAT_S = LIFE_S / 4
 _REFUSAL_S = 1.0
 # Requests of the size of the last one that a block is wished to be enough for, and the least part of the budget.
 _AHEAD_REQUESTS, _AHEAD_PART = 4, 64
+_HINT = "Ask for fewer tokens (max_tokens), or have the budget raised."
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class Purses:
         self._alive_until = 0.0  # when others may take this process for dead
         self._beat_at = 0.0
         self._alone = alone
+        self._closed = False
         self._filling: set[asyncio.Task[None]] = set()
         self._others: dict[str, tuple[int, float]] = {}  # their beats, and when these were first seen
 
@@ -160,29 +162,49 @@ class Purses:
                 purse.idle = True
             await self._renew()
 
+    async def give_back(self) -> None:
+        """Leave to others whatever is free here. Raises :class:`StoreError`."""
+        async with self.lock:
+            self._empty()
+            await self._renew()
+
     async def close(self) -> None:
-        """Give back all that is not spent. What is out has ended or will be lost. Raises :class:`StoreError`."""
+        """Give back what is free, and from now on nothing out. Raises :class:`StoreError`.
+
+        What is still out with a request that does not end, or spent and not written, may yet be owed: it stays held,
+        as a killed process's does, until others have not heard of this one for long.
+        """
+        self._closed = True
         for task in self._filling:
             task.cancel()
         async with self.lock:
-            self._purses, self._by_scope = {}, {}
-            await self._database.write(lambda connection: budgets.bury(connection, self.process_id))
+            self._empty()
+            if any(purse.held > 0 for purse in self._purses.values()):
+                await self._renew()
+            else:
+                await self._database.write(lambda connection: budgets.bury(connection, self.process_id))
+
+    def _empty(self) -> None:
+        for purse in self._purses.values():
+            purse.free = min(purse.free, 0)
 
     def _enough(self, purse: Purse, amount: int) -> bool:
-        return purse.free >= amount and self._clock() < self._alive_until
+        return purse.free >= amount and self._clock() < self._alive_until and not self._closed
 
     async def _fetch(self, key: BudgetKey, purse: Purse, amount: int) -> None:
         """Bring ``amount`` into a purse. Raises :class:`BudgetSpentError`."""
         async with self.lock:
+            if self._closed:
+                raise StoreError("This server is stopping.")
             if self._clock() >= self._alive_until:
                 await self._renew()
             if self._enough(purse, amount):  # another request has just fetched more
                 return
             if self._clock() < purse.refused_until and amount - purse.free > purse.refused_room:
-                raise _spent(key)
+                raise spent_error(key, "this request", _HINT)
             await self._take(key, purse, amount - purse.free, amount)
             if purse.free < amount:
-                raise _spent(key)
+                raise spent_error(key, "this request", _HINT)
 
     async def _take(self, key: BudgetKey, purse: Purse, need: int, amount: int) -> None:
         """Take ``need`` or more from the database, if it is there. Call with the lock held."""
@@ -199,8 +221,7 @@ class Purses:
         """Make the database hold what the purses have. Call with the lock held."""
         began = self._clock()
         if began >= self._alive_until:  # what was free may be others' by now
-            for purse in self._purses.values():
-                purse.free = min(purse.free, 0)
+            self._empty()
         kept = {key: purse.held for key, purse in self._purses.items() if purse.asked}
         dead = {each: beats for each, (beats, seen) in self._others.items() if began - seen >= LIFE_S}
 
@@ -236,12 +257,3 @@ class Purses:
         task = asyncio.get_running_loop().create_task(fill())
         self._filling.add(task)
         task.add_done_callback(self._filling.discard)
-
-
-def _spent(key: BudgetKey) -> BudgetSpentError:
-    kind, name = key.scope
-    whole = {"day": "daily budget", "month": "monthly budget", "total": "budget"}[key.period]
-    return BudgetSpentError(
-        f"The {whole} of {kind} {name} has too little left for this request.",
-        hint="Ask for fewer tokens (max_tokens), or have the budget raised.",
-    )

@@ -25,6 +25,7 @@ from gale.core.errors import StoreError
 from gale.platform.database import Database, Result
 from gale.platform.migrate import check_ours, migrate, pending_revision
 from gale.platform.sqlite_files import WriteTurns, back_up, make_private, only_server
+from gale.platform.text import json_text
 
 BUSY_TIMEOUT_S = 5.0
 MIGRATION_TIMEOUT_S = 60.0
@@ -53,7 +54,7 @@ class SqliteDatabase(Database):
     @classmethod
     def open_url(cls, url: URL, *, exclusive: bool = False) -> SqliteDatabase:
         """What :meth:`Database.open` promises, for ``sqlite:`` addresses."""
-        path = _path_from(url)
+        path = path_from(url)
         turns = None
         with contextlib.ExitStack() as locks:
             if path is not None:
@@ -149,12 +150,13 @@ class SqliteDatabase(Database):
 
 
 def _engine(path: Path | None) -> Engine:
-    engine = create_engine(URL.create("sqlite", database=str(path) if path else None), poolclass=StaticPool)
+    url = URL.create("sqlite", database=str(path) if path else None)
+    engine = create_engine(url, poolclass=StaticPool, json_serializer=json_text)
     event.listen(engine, "connect", _prepare_connection)
     return engine
 
 
-def _path_from(url: URL) -> Path | None:
+def path_from(url: URL) -> Path | None:
     """The file that ``url`` names; None for a database in memory."""
     if url.query or url.host:
         raise StoreError(

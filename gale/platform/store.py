@@ -12,6 +12,7 @@ from gale.platform.conversations import Conversations
 from gale.platform.database import Database
 from gale.platform.file_folder import ABANDONED_S, FileFolder
 from gale.platform.files import FileLimits, Files, sweep
+from gale.platform.fine_tuning import FineTuning
 from gale.platform.idempotency import Idempotency
 from gale.platform.identities import Identities
 from gale.platform.jobs import Jobs
@@ -19,10 +20,12 @@ from gale.platform.journal import journal_folder
 from gale.platform.metering import Metering
 from gale.platform.organisations import Organisations, Projects
 from gale.platform.people import People, ServiceAccounts
+from gale.platform.pruning import prune
 from gale.platform.quotas import Quotas
 from gale.platform.responses import ItemConversations, Responses
 from gale.platform.secret import Secret
 from gale.platform.sessions import Sessions
+from gale.platform.storage_quota import release_expired
 from gale.platform.uploads import Uploads
 from gale.platform.usage_report import UsageReport
 
@@ -97,14 +100,20 @@ class Store:
         """The files of ``actor``'s project."""
         return Files(self.database, self.file_folder, self.file_limits, actor)
 
+    def fine_tuning(self, actor: Actor) -> FineTuning:
+        """The fine-tuning jobs of ``actor``'s project."""
+        return FineTuning(self.jobs, self.files(actor), self.metering, actor)
+
     def uploads(self, actor: Actor) -> Uploads:
         """The uploads of ``actor``'s project."""
         return Uploads(self.database, self.file_folder, self.file_limits, actor)
 
     async def sweep(self, abandoned_s: float = ABANDONED_S) -> None:
-        """Remove what is over: files and kept answers, and what killed processes left of files."""
+        """Remove what is over: files, kept answers and old usage, and what killed processes left of files."""
+        await release_expired(self.database, self.file_folder, abandoned_s=abandoned_s)
         await sweep(self.database, self.file_folder, abandoned_s)
         await self.idempotency.sweep()
+        await prune(self.database, settings().usage_days)
 
     @classmethod
     def open(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
+from typing import Any
 
 TITLE_LENGTH = 60
 _REFUSED = re.compile("[\x00\ud800-\udfff]")
@@ -18,6 +20,14 @@ def storable(text: str) -> str:
     replaced here so that a database is never the first to notice.
     """
     return _REFUSED.sub("\ufffd", text)
+
+
+def json_text(value: Any) -> str:
+    """``value`` as JSON. Raises ``ValueError`` for NaN and infinity, which SQLite would take and PostgreSQL refuses.
+
+    NUL and lone surrogates stay what they are: they are written as escapes.
+    """
+    return json.dumps(value, allow_nan=False)
 
 
 def one_line(text: str) -> str:

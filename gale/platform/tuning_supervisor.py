@@ -2,7 +2,7 @@
 
 A job is claimed by lease. A killed server's lease runs out, and whoever finds it so, perhaps the same server started
 again, takes the job up: its process goes on from its last checkpoint, on the same curve (see :mod:`gale.train.loop`).
-What a process computes again is not reported again, and usage is recorded when the job succeeds, which it does once.
+What a process computes again is not reported again, and what it cost is charged as the job ends, which it does once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from sqlalchemy import Connection
 
 from gale.core import files
 from gale.core.errors import ModelError, StoreError
+from gale.engine.request import Usage
+from gale.platform.budgets import BudgetSpentError
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, LeaseLostError
 from gale.platform.fine_tuned_models import FineTuned, FineTunedModels
@@ -27,6 +29,8 @@ from gale.platform.fine_tuning import KIND, State, job_folder, model_name
 from gale.platform.identities import may_go_on
 from gale.platform.ids import new_id
 from gale.platform.jobs import Job, Jobs
+from gale.platform.metering import Metering
+from gale.platform.tuning_bill import PRICE, SO_FAR, USAGE_KIND, read_price, set_aside, settle
 from gale.platform.tuning_child import Metrics, Phase, how_it_ended, running
 from gale.train.job_recipe import ADAPTERS, JOB, RUN, TRAINED, VALIDATED, Hyperparameters, TuningJob
 
@@ -38,9 +42,6 @@ MOST_DEATHS = 3  # of a process in a row, without a step between
 
 _AT_WORK: tuple[State, ...] = ("validating_files", "queued", "running")
 _INTERNAL_ERROR = {"code": "internal_error", "message": "Gale failed; its log says why.", "param": None}
-
-# Says that a job ended well: whose it was, and how many tokens were trained.
-OnTrained = Callable[[Job, int], None]
 
 log = structlog.get_logger("gale.platform.tuning")
 
@@ -58,12 +59,12 @@ class TuningSupervisor:
         models: FineTunedModels,
         home: Path,
         path_of: Callable[[str], Path],
+        metering: Metering,
         *,
-        on_trained: OnTrained | None = None,
         ray: str | None = None,
     ) -> None:
         self._database, self._jobs, self._models, self._home = database, jobs, models, home
-        self._path_of, self._on_trained, self._ray = path_of, on_trained, ray
+        self._path_of, self._metering, self._ray = path_of, metering, ray
         self._news = asyncio.Event()
 
     def look(self) -> None:
@@ -120,7 +121,15 @@ class TuningSupervisor:
         if (error := outcome.get("error")) is not None:
             await self._fail(job, error)
             return
-        await self._jobs.move(job, (job.state,), "queued", outcome)
+        price = await self._database.read(lambda connection: read_price(connection, job.payload["base"]))
+        try:
+            await self._metering.with_all_that_is_free(
+                lambda: self._jobs.move(job, (job.state,), "queued", outcome | {PRICE: price}, set_aside)
+            )
+        except BudgetSpentError as problem:
+            message = f"{problem.message} {problem.hint}"
+            await self._fail(job, {"code": "insufficient_quota", "message": message, "param": None})
+            return
         await self._jobs.add_event(
             job, f"Files validated: {outcome['examples']['train']['rows']} examples, job enqueued"
         )
@@ -149,6 +158,16 @@ class TuningSupervisor:
             await self._models.serve(models)
         except ModelError as problem:
             error = error or {"code": "model_not_served", "message": problem.message, "param": None}
+        try:
+            await self._end(job, outcome, named, error)
+        except BaseException:  # cancelled or taken up by another in its last moment, or the database is away
+            self._models.withdraw(models)
+            raise
+
+    async def _end(
+        self, job: Job, outcome: dict[str, Any], named: list[dict[str, Any]], error: dict[str, Any] | None
+    ) -> None:
+        """Say how the training ended, and what it left under which names."""
         result: dict[str, Any] = {
             "models": [{"name": each["name"], "folder": each["folder"]} for each in named],
             "checkpoints": [
@@ -157,20 +176,11 @@ class TuningSupervisor:
             ],
         }
         if error is not None:
-            await self._fail(job, error, result)
-            # What it left is served, so it is charged for like any other.
-            if self._on_trained is not None and outcome.get("trained_tokens") and named:
-                self._on_trained(job, outcome["trained_tokens"])
+            # What it left is served, so it is charged for like any other; what left nothing costs nothing.
+            await self._fail(job, error, result, outcome["trained_tokens"] if named else 0)
             return
-        tokens = outcome["trained_tokens"]
-        ended = {"finished_at": int(time.time()), "trained_tokens": tokens, "fine_tuned_model": named[-1]["name"]}
-        try:
-            await self._jobs.move(job, ("running",), "succeeded", result | ended)
-        except (ConflictError, LeaseLostError):
-            self._models.withdraw(models)
-            raise
-        if self._on_trained is not None:  # at once: nothing may come between
-            self._on_trained(job, tokens)
+        ended = {"fine_tuned_model": named[-1]["name"]}
+        await self._settle(job, ("running",), "succeeded", result | ended, outcome["trained_tokens"])
         for each in named[:-1]:
             await self._jobs.add_event(job, f"Checkpoint created at step {each['step']}: {each['name']}")
         await self._jobs.add_event(job, f"New fine-tuned model created: {named[-1]['name']}")
@@ -195,7 +205,7 @@ class TuningSupervisor:
                         if now.state != job.state:
                             raise ConflictError(f"it is {now.state} now")
                         if not await self._database.read(lambda connection: may_go_on(connection, job.actor)):
-                            await self._jobs.move(job, (job.state,), "cancelled", {"finished_at": int(time.time())})
+                            await self._settle(now, (now.state,), "cancelled", {}, now.result.get(SO_FAR, 0))
                             raise ConflictError("whoever asked for it is no longer let in")
                         renew_at = time.monotonic() + RENEW_S
                     if await self._report(job, metrics):
@@ -235,7 +245,7 @@ class TuningSupervisor:
             await self._jobs.add_event(job, message, type="metrics", data=data)
         if rows:
             left = (steps - rows[-1]["step"]) * rows[-1]["seconds"]
-            await self._jobs.record(job, {"estimated_finish": int(time.time() + left)})
+            await self._jobs.record(job, {"estimated_finish": int(time.time() + left), SO_FAR: rows[-1]["tokens"]})
         return bool(rows)
 
     async def _last_step(self, job: Job) -> int:
@@ -260,9 +270,18 @@ class TuningSupervisor:
 
         return await self._database.read(work)
 
-    async def _fail(self, job: Job, error: dict[str, Any], result: dict[str, Any] | None = None) -> None:
-        ended = {"finished_at": int(time.time()), "error": error}
-        await self._jobs.move(job, _AT_WORK, "failed", (result or {}) | ended)
+    async def _settle(
+        self, job: Job, from_states: tuple[str, ...], state: State, result: dict[str, Any], tokens: int
+    ) -> None:
+        """The job's last move, which charges the trained ``tokens``. Raises as :meth:`Jobs.move` does."""
+        ended = {"finished_at": int(time.time()), "trained_tokens": tokens}
+        await self._jobs.move(job, from_states, state, result | ended, lambda c, moved: settle(c, moved, tokens))
+        self._metering.watch.used(USAGE_KIND, Usage(tokens, 0))
+
+    async def _fail(
+        self, job: Job, error: dict[str, Any], result: dict[str, Any] | None = None, tokens: int = 0
+    ) -> None:
+        await self._settle(job, _AT_WORK, "failed", (result or {}) | {"error": error}, tokens)
         await self._jobs.add_event(job, f"The job failed: {error['message']}", level="error")
 
     def _prepare_folder(self, job: Job) -> Path:

@@ -17,8 +17,9 @@ from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, FileTooLargeError, NotFoundError
 from gale.platform.file_folder import Digest, FileFolder, IncomingFile
-from gale.platform.files import File, FileLimits, Files, check_quota
+from gale.platform.files import File, FileLimits, Files
 from gale.platform.ids import new_id
+from gale.platform.storage_quota import OPEN, check_quota, write_with_room
 from gale.platform.text import storable
 
 LASTS_S = 3600
@@ -54,7 +55,7 @@ class Upload:
     @property
     def shown_status(self) -> str:
         """In OpenAI's words."""
-        if self.status not in ("pending", "completing"):
+        if self.status not in OPEN:
             return self.status
         return "expired" if self.expires_at <= now_us() else "pending"
 
@@ -83,7 +84,7 @@ class Uploads:
     async def create(
         self, *, filename: str, purpose: str, size: int, mime_type: str, file_lasts_s: int | None
     ) -> Upload:
-        """Begin one of ``size`` bytes, for which the space is set aside. Raises :class:`StorageQuotaError`."""
+        """Begin one of ``size`` bytes, for which twice the space is set aside. Raises :class:`StorageQuotaError`."""
         if size > self._limits.upload_bytes:
             raise FileTooLargeError(f"An upload may have at most {self._limits.upload_bytes:,} bytes.")
         now = now_us()
@@ -102,10 +103,10 @@ class Uploads:
         )
 
         def work(connection: Connection) -> None:
-            check_quota(connection, self._project, self._limits, size)
+            check_quota(connection, self._project, self._limits.project_bytes, 2 * size)
             connection.execute(insert(_TABLE).values(asdict(upload)))
 
-        await self._database.write(work)
+        await write_with_room(self._database, self._folder, self._project, work)
         return upload
 
     async def check(self, upload_id: str) -> Upload:
@@ -119,7 +120,7 @@ class Uploads:
     async def add_part(self, upload_id: str, incoming: IncomingFile) -> Part:
         """Keep what was written as a part.
 
-        Raises as :meth:`check` does, :class:`UploadError` and :class:`NoSpaceError`.
+        Raises as :meth:`check` does, :class:`UploadError`, :class:`StorageQuotaError` and :class:`NoSpaceError`.
 
         Parts may together hold twice what the upload said, so that one can be sent again; only those that are named
         at the end become the file.
@@ -130,11 +131,14 @@ class Uploads:
 
         def work(connection: Connection) -> Part:
             upload = self._pending(connection, upload_id, lock=True)
-            count, total = connection.execute(
+            count, held = connection.execute(
                 select(func.count(), func.sum(_PARTS.c.bytes)).where(_PARTS.c.upload_id == upload.id)
             ).one()
-            if count >= MOST_PARTS or int(total or 0) + written.size > 2 * upload.bytes:
+            held = int(held or 0)
+            if count >= MOST_PARTS or held + written.size > 2 * upload.bytes:
                 raise UploadError(f"The upload was to have {upload.bytes:,} bytes; this is far more.", "data")
+            if (more := held + written.size - max(held, upload.bytes)) > 0:
+                check_quota(connection, self._project, self._limits.project_bytes, more)
             part = Part(part_id, upload.id, written.size, count, now)
             connection.execute(insert(_PARTS).values(asdict(part)))
             return part
@@ -142,7 +146,7 @@ class Uploads:
         # The bytes first: a row without them would be worse than bytes that are swept away with their upload.
         await asyncio.to_thread(incoming.keep, path)
         try:
-            return await self._database.write(work)
+            return await write_with_room(self._database, self._folder, self._project, work)
         except Exception:
             await asyncio.to_thread(path.unlink, missing_ok=True)
             raise
@@ -185,8 +189,9 @@ class Uploads:
         except Exception:
             await self._database.write(lambda connection: _move(connection, upload.id, "pending"))
             raise
-        await self._database.write(lambda connection: _move(connection, upload.id, "completed", file.id))
+        # In this order, as parts count for as long as they are there.
         await asyncio.to_thread(self._folder.remove_parts, upload.id)
+        await self._database.write(lambda connection: _move(connection, upload.id, "completed", file.id))
         return replace(upload, status="completed", file_id=file.id), file
 
     async def cancel(self, upload_id: str) -> Upload:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
+from gale.core.errors import StoreError
 from gale.platform import tables
 from gale.platform.scopes import Scope, scopes
 
@@ -50,16 +52,19 @@ class UsageEvent:
 
 
 def write_events(connection: Connection, events: Sequence[UsageEvent]) -> list[UsageEvent]:
-    """Write those that are not there yet, sum them up, and return them."""
+    """Write those that are not there yet, sum them up, and return them. May raise :class:`StoreError`."""
     table = tables.usage_events
     known: set[str] = set()
     for low in range(0, len(events), _AT_ONCE):
         ids = [event.id for event in events[low : low + _AT_ONCE]]
         known.update(connection.scalars(select(table.c.id).where(table.c.id.in_(ids))))
     new = list({event.id: event for event in events if event.id not in known}.values())
-    if new:
-        connection.execute(insert(table), [asdict(event) for event in new])
-        _sum_up(connection, new)
+    try:
+        if new:
+            connection.execute(insert(table), [asdict(event) for event in new])
+            _sum_up(connection, new)
+    except IntegrityError as error:  # another process has just begun the same hour
+        raise StoreError("Two servers wrote usage at once; try again.") from error
     return new
 
 

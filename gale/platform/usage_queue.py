@@ -9,7 +9,6 @@ from pathlib import Path
 
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
 
 from gale.core.errors import StoreError
 from gale.platform.budgets import BudgetKey, charge
@@ -138,10 +137,7 @@ class UsageQueue:
             new = write_events(connection, events)
             charge(connection, self._purses.process_id, new, spent, self._now_us())
 
-        try:
-            await self._database.write(work)
-        except IntegrityError as error:  # another process has just begun the same hour
-            raise StoreError("Two servers wrote usage at once; it is written again.") from error
+        await self._database.write(work)
 
     async def _spill(self) -> None:
         """Put on disk what waits, and free the memory of the newest where that is too much."""

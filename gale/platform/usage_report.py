@@ -73,7 +73,6 @@ class UsageReport:
                 time < question.until,
             )
             .group_by(bucket, *axes)
-            .order_by(bucket, *axes)
         )
         for name, values in question.only.items():
             query = query.where(table.c[name].in_(values))
@@ -85,4 +84,5 @@ class UsageReport:
                 for row in connection.execute(query)
             ]
 
-        return await self._database.read(work)
+        # Not by the database, whose order of names is that of its language.
+        return sorted(await self._database.read(work), key=lambda used: (used.bucket, *used.axes.values()))

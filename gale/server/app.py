@@ -10,9 +10,8 @@ from fastapi import APIRouter, FastAPI
 from gale import __version__
 from gale.assistant.moderation import Moderator
 from gale.core.settings import settings
-from gale.engine.request import Engine, Reader, Usage
+from gale.engine.request import Engine, Reader
 from gale.platform.fine_tuned_models import AdapterHost, FineTunedModels
-from gale.platform.jobs import Job
 from gale.platform.store import Store
 from gale.platform.tuning_supervisor import TuningSupervisor
 from gale.server import (
@@ -127,11 +126,8 @@ def _tuning(
     models = FineTunedModels(store.database, engine, home)
     store.metering.visible = models.visible
 
-    def trained(job: Job, tokens: int) -> None:
-        store.metering.record(job.actor, models.base, "fine_tuning", Usage(tokens, 0))
-
     supervisor = TuningSupervisor(
-        store.database, store.jobs, models, home, store.file_folder.path, on_trained=trained, ray=ray
+        store.database, store.jobs, models, home, store.file_folder.path, store.metering, ray=ray
     )
     lifecycle.background.append(supervisor.run)
     return models, supervisor

@@ -38,7 +38,6 @@ SIGN_IN = "/api/sign-in"
 _HEALTH = frozenset(("/healthz", "/readyz"))
 _METRICS = "/metrics"
 _PAGE = re.compile(r"/|/c/[^/]+|/assets/.+")
-_ADMINISTRATION = "/v1/organization"
 _RECHECK_S = 1.0
 
 
@@ -67,7 +66,7 @@ class Identify:
                 find = self._finder(scope)
                 if find is not None:
                     state["actor"] = actor = await _found(find)
-                    if scope["path"].startswith(_ADMINISTRATION):
+                    if scope["path"].startswith(local_guard.ADMINISTRATION):
                         # Here as well as in the store, so that nothing of a request is looked at before.
                         authorize(actor, "administer")
                     send = _Checked(send, find, scope["path"]).send

@@ -19,6 +19,14 @@ async def merged(sources: Iterable[AsyncGenerator[Item, None]]) -> AsyncGenerato
 
     The first failure ends all. Every source is closed before this ends, however it ends.
     """
+    first, *others = sources
+    if not others:  # as nearly always: nothing to merge
+        try:
+            async for only in first:
+                yield 0, only
+        finally:
+            await first.aclose()
+        return
     ready: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue(maxsize=AT_ONCE)
     places = asyncio.Semaphore(AT_ONCE)
 
@@ -33,7 +41,7 @@ async def merged(sources: Iterable[AsyncGenerator[Item, None]]) -> AsyncGenerato
         finally:
             await source.aclose()
 
-    running = [asyncio.create_task(run(index, source)) for index, source in enumerate(sources)]
+    running = [asyncio.create_task(run(index, source)) for index, source in enumerate((first, *others))]
     unfinished = len(running)
     try:
         while unfinished:

@@ -14,6 +14,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gale.server import errors
 from gale.server.body_limit import BodyLimit, LimitedBody
 from gale.server.errors import AccessEndedError, ApiError, internal_error
 from gale.server.lifecycle import Lifecycle
@@ -71,6 +72,7 @@ class Edge:
         headers = Headers(scope=scope)
         exchange = _Exchange(scope, _request_id(headers), send)
         scope.setdefault("state", {})["request_id"] = exchange.request_id
+        errors.request_id.set(exchange.request_id)
         body = LimitedBody(receive, exchange.send, self._limits.body_of(scope))
         self._in_progress += 1
         try:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import http
 import math
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from gale.core.errors import GaleError, StoreError
+from gale.core.errors import GaleError, ModelError, StoreError
 from gale.engine.request import (
     ContextLengthError,
     EngineFailedError,
@@ -36,6 +38,11 @@ from gale.platform.errors import (
 )
 from gale.platform.limits import LimitExceededError
 from gale.server.not_offered import instead_of
+
+log = structlog.get_logger("gale.server.errors")
+
+# By what the log calls the request that is being served, for errors that tell clients no more than where to look.
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 _ANTHROPIC_TYPES = {
@@ -140,7 +147,14 @@ def as_api_error(error: Exception) -> ApiError:
         case NoSpaceError():
             return ApiError(507, error.message, code="no_space", headers={"x-should-retry": "false"})
         case StoreError():
-            return ApiError(503, error.message, code="store_unavailable", headers={"Retry-After": "2"})
+            # Whose messages name folders, hosts and users, which help the operator alone.
+            _log(error)
+            named = "" if (known := request_id.get()) is None else f" of the request {known}"
+            message = f"Gale cannot use its database at the moment; its log says more{named}."
+            return ApiError(503, message, code="store_unavailable", headers={"Retry-After": "2"})
+        case ModelError():
+            _log(error)
+            return internal_error()
         case GaleError():
             # What is left is this request's fault, such as a conversation that the model's template refuses.
             return ApiError(400, error.message, code="invalid_request")
@@ -154,6 +168,10 @@ def as_api_error(error: Exception) -> ApiError:
             )
         case _:
             return internal_error()
+
+
+def _log(error: GaleError) -> None:
+    log.error("request failed", reason=error.message, hint=error.hint, request_id=request_id.get())
 
 
 def too_long(error: ContextLengthError, param: str) -> ApiError:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from gale.assistant.moderation import NAME as MODERATION
 from gale.data.graders import Grader, GraderError
 from gale.engine.request import Engine
 from gale.platform.errors import NotFoundError
@@ -14,13 +15,14 @@ from gale.platform.fine_tuned_models import AdapterHost, FineTunedModels
 from gale.platform.fine_tuning import Asked, FineTuning
 from gale.platform.jobs import Job, JobEvent
 from gale.platform.store import Store
+from gale.platform.tuning_bill import SO_FAR
 from gale.platform.tuning_supervisor import TuningSupervisor
 from gale.server.caller import actor_of, engine_of
 from gale.server.errors import ApiError, invalid
 from gale.server.fine_tuning_schema import FineTuningRequest, SupervisedKnobs
 from gale.server.json_body import read_json, request_schema
 from gale.server.listing import After, Limit, listed, page_of
-from gale.server.openai_models import require_model
+from gale.server.openai_models import may_moderate, require_model
 
 _PATH = "/v1/fine_tuning/jobs"
 
@@ -32,8 +34,7 @@ def routes(
     router = APIRouter(tags=["openai"])
 
     def jobs(request: Request) -> FineTuning:
-        actor = actor_of(request)
-        return FineTuning(store.jobs, store.files(actor), actor)
+        return store.fine_tuning(actor_of(request))
 
     def look() -> None:
         if supervisor is not None:
@@ -95,7 +96,9 @@ def routes(
     async def delete_model(model_id: str, request: Request) -> dict[str, Any]:
         actor = actor_of(request)
         if models is None or models.find(actor, model_id) is None:
-            require_model(engine_of(request, engine), model_id)  # which says that there is none
+            mine = engine_of(request, engine)
+            if model_id != MODERATION or not may_moderate(mine):
+                require_model(mine, model_id)  # which says that there is none
             raise ApiError(400, f"`{model_id[:200]}` is not fine-tuned here and cannot be deleted.", param="model")
         await models.delete(actor, model_id)
         return {"id": model_id, "object": "model", "deleted": True}
@@ -188,7 +191,8 @@ def described(job: Job) -> dict[str, Any]:
         "training_file": asked["training_file"],
         "validation_file": asked["validation_file"],
         "hyperparameters": {key: value for key, value in knobs.items() if key in own - {"beta", "eval_interval"}},
-        "trained_tokens": result.get("trained_tokens"),
+        # Those that are charged, once that is known.
+        "trained_tokens": result.get(SO_FAR, 0) if job.state == "cancelled" else result.get("trained_tokens"),
         "error": result.get("error"),
         "seed": asked["seed"],
         "estimated_finish": result.get("estimated_finish") if job.state == "running" else None,

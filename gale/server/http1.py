@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import http
 import re
+import resource
+import socket
 import sys
 from typing import Any
 
@@ -23,6 +25,13 @@ STUCK_TIMEOUT_S = 45.0
 # Larger heads are cut off while they arrive; smaller ones that are still too large get the edge's 431.
 MOST_HEAD_BYTES = 64 * 1024
 
+# A peer from which nothing comes back for so long, not even the confirmation of what it was sent, is gone: its cable
+# was pulled, or a router forgot it.
+LOST_TIMEOUT_S = 45
+_PROBE_AFTER_S = 15
+# Beyond these the one that has been idle longest makes room: an idle connection costs a client nothing.
+MOST_CONNECTIONS = 4096
+
 _BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 
 
@@ -33,11 +42,15 @@ class Http1(H11Protocol):
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._stuck_timer: asyncio.TimerHandle | None = None
+        self._idle_since = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
         self._time_head()
+        _notice_loss(transport.get_extra_info("socket"))
+        if len(self.connections) > _most_connections():
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers, which would otherwise keep this object alive."""
@@ -64,6 +77,7 @@ class Http1(H11Protocol):
         """
         if self.conn.trailing_data[0]:
             self.transport.close()
+        self._idle_since = self.loop.time()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -90,6 +104,16 @@ class Http1(H11Protocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _make_room(self) -> None:
+        idle = [
+            each
+            for each in self.connections
+            if isinstance(each, Http1)
+            and not each.transport.is_closing()
+            and (each.cycle is None or each.cycle.response_complete)
+        ]
+        min(idle, key=lambda each: each._idle_since).transport.close()  # this one is idle too
+
     def _refuse(self, status: int, message: str) -> None:
         """Answer, if no answer was begun, and close."""
         if self.transport.is_closing():
@@ -102,3 +126,18 @@ class Http1(H11Protocol):
                 if output := self.conn.send(event):
                     self.transport.write(output)
         self.transport.close()
+
+
+def _notice_loss(sock: socket.socket) -> None:
+    """Let the system look after a connection on which nothing happens, and give up one whose peer is gone."""
+    options = {"TCP_KEEPIDLE": _PROBE_AFTER_S, "TCP_KEEPINTVL": 5, "TCP_USER_TIMEOUT": LOST_TIMEOUT_S * 1000}
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        if (option := getattr(socket, name, None)) is not None:  # some systems lack some of them
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _most_connections() -> int:
+    """Half of the files that may be open, as requests need others besides their connection."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, files // 2)

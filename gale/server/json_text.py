@@ -25,9 +25,9 @@ async def to_json_aside(value: Any) -> bytes:
     return await asyncio.to_thread(lambda: b"".join(piece.encode() for piece in _pieces(value, _DEPTH)))
 
 
-async def json_response(value: Any) -> Response:
-    """An answer that may be very long."""
-    return Response(await to_json_aside(value), media_type="application/json")
+async def json_response(value: Any, *, long: bool) -> Response:
+    """An answer, which may have millions of items where it is ``long``."""
+    return Response(await to_json_aside(value) if long else to_json(value), media_type="application/json")
 
 
 def _pieces(value: Any, depth: int) -> Iterator[str]:

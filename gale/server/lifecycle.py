@@ -12,7 +12,9 @@ class Lifecycle:
     def __init__(self, grace_s: float = 2.0) -> None:
         self.grace_s = grace_s
         self._draining = asyncio.Event()
-        # Work that goes on beside requests, such as batches: begun with the server, cancelled (and waited for) with it.
+        # Work that goes on beside requests, such as batches: begun with the server in this order. After the last
+        # request has ended it ends in reverse, each cancelled and waited for before the next: what stands further back
+        # uses what stands before it, and metering, the first, is there until all that was used is known.
         self.background: list[Callable[[], Awaitable[None]]] = []
 
     @property

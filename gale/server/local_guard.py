@@ -13,6 +13,12 @@ using their model and reading their conversations:
 
 Programs other than browsers send neither header and are served. Bodies must be declared as JSON (see ``json_body``),
 which an HTML form cannot do.
+
+A third is no page's doing: *a proxy on this machine*, whose connections come from here whoever asks. What says that it
+was forwarded is refused until there are keys; a proxy that says nothing of itself cannot be told from a program.
+
+Pages that are allowed by name (CORS) use the API and do not administer: without keys nothing else would keep them from
+making themselves some, or from reading the chat page's conversations.
 """
 
 from __future__ import annotations
@@ -26,7 +32,13 @@ from starlette.types import Scope
 from gale.server.errors import ApiError
 from gale.server.origins import Origins, foreign_page
 
-_OF_PROXIES = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+ADMINISTRATION = "/v1/organization"
+_OWN_PAGE_ONLY = (ADMINISTRATION, "/api/")
+# Forwarded is RFC 7239's, Via RFC 9110's and CDN-Loop RFC 8586's; the others are habits of proxies and of networks.
+_OF_PROXIES = frozenset(
+    ("forwarded", "via", "cdn-loop", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip")
+)
+_OF_PROXIES_BEGIN = ("x-forwarded", "x-original-", "x-envoy-", "cf-", "fly-")
 
 
 def is_loopback(host: str) -> bool:
@@ -40,17 +52,25 @@ def is_loopback(host: str) -> bool:
 
 
 def check(scope: Scope, origins: Origins) -> None:
-    """Raises :class:`ApiError` 403 for foreign hosts, foreign pages and other machines."""
+    """Raises :class:`ApiError` 403 for foreign hosts, foreign pages, other machines and proxies."""
     headers = Headers(scope=scope)
+    if any(name in _OF_PROXIES or name.startswith(_OF_PROXIES_BEGIN) for name in headers):
+        raise ApiError(
+            403,
+            "This request came through a proxy, and without keys this Gale serves programs on its own machine only. "
+            "Make an owner and a key first: `gale admin init`.",
+            code="keys_required",
+            type="permission_error",
+        )
     # More than one Host is not HTTP; the first and the last might name different sites.
     hosts = headers.getlist("host")
     client = scope.get("client")
     if len(hosts) != 1 or not is_loopback(_host_name(hosts[0])) or (client and not is_loopback(client[0])):
         raise foreign_page("This Gale is for this machine only; open it as http://localhost or http://127.0.0.1.")
     origin = headers.get("origin")
-    if origin is not None and origin.lower() in origins.allowed:
-        return
     if origin is not None and origin.lower() != f"{scope['scheme']}://{hosts[0].lower()}":
+        if origin.lower() in origins.allowed and not scope["path"].startswith(_OWN_PAGE_ONLY):
+            return
         raise foreign_page()
     site = headers.get("sec-fetch-site", "none")
     if site not in ("none", "same-origin") and not _follows_link(scope, headers):
@@ -59,8 +79,7 @@ def check(scope: Scope, origins: Origins) -> None:
 
 def asks_from_here(scope: Scope) -> bool:
     """Whether a program on this machine asks, and neither a page nor a proxy on it that asks for somebody else."""
-    headers = Headers(scope=scope)
-    if scope.get("client") is None or any(name in headers for name in _OF_PROXIES):
+    if scope.get("client") is None:
         return False
     try:
         check(scope, Origins())

@@ -71,7 +71,7 @@ def routes(store: Store, worker: BatchWorker, endpoints: Sequence[str]) -> APIRo
             raise invalid("endpoint", f"it must be one of {', '.join(endpoints)}")
         files = store.files(actor)
 
-        def check(connection: Connection) -> None:
+        def check(connection: Connection, job: Job) -> None:
             files.require(connection, body.input_file_id, "batch")
 
         payload = {
@@ -82,7 +82,7 @@ def routes(store: Store, worker: BatchWorker, endpoints: Sequence[str]) -> APIRo
             "output_lasts_s": body.output_expires_after.seconds if body.output_expires_after else None,
             "expires_at": now() + WINDOW_S,
         }
-        job = await store.jobs.create(actor, KIND, payload, prefix="batch", state="validating", check=check)
+        job = await store.jobs.create(actor, KIND, payload, prefix="batch", state="validating", also=check)
         worker.wake()
         return batch_object(job)
 

@@ -50,7 +50,8 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
             chunks = _stream(metered, asked, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
         work = _whole(metered, asked)
-        return await json_response(await while_wanted(request.receive, lifecycle, work))
+        answered = await while_wanted(request.receive, lifecycle, work)
+        return await json_response(answered, long=asked.each[0].logprobs is not None)
 
     return router
 
@@ -77,8 +78,11 @@ async def _whole(engine: Engine, asked: Asked) -> dict[str, Any]:
             "finish_reason": answer.finish_reason(ends[index]),
         }
 
-    # In a thread, because scores may be very many.
-    choices = [await asyncio.to_thread(choice, index, answer) for index, answer in enumerate(answers)]
+    choices = [
+        # In a thread where there are scores, which may be very many.
+        await asyncio.to_thread(choice, index, answer) if answer.scores else choice(index, answer)
+        for index, answer in enumerate(answers)
+    ]
     return {**head, "choices": choices, "usage": _usage(ends)}
 
 

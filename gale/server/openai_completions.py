@@ -92,7 +92,8 @@ def routes(engine: Engine, lifecycle: Lifecycle, limits: StreamLimits) -> APIRou
             chunks = _stream(metered, jobs, head, copies=body.n or 1, include_usage=body.include_usage)
             return EventStream(chunks, lifecycle, limits=limits)
         work = _whole(metered, jobs, head, copies=body.n or 1)
-        return await json_response(await while_wanted(request.receive, lifecycle, work))
+        answered = await while_wanted(request.receive, lifecycle, work)
+        return await json_response(answered, long=body.logprobs is not None)
 
     return router
 

@@ -1,4 +1,7 @@
-"""``GET /v1/models``: what is served, with vLLM's ``max_model_len``, and each adapter as one of its own."""
+"""``GET /v1/models``: what is served, with vLLM's ``max_model_len``, and each adapter as one of its own.
+
+The classifier that moderates stands behind them; ``task`` (ours) says that it answers nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from gale.assistant.moderation import NAME as MODERATION
 from gale.engine.request import Engine
 from gale.platform.metered_engine import MeteredEngine
 from gale.server.caller import engine_of
@@ -19,26 +23,32 @@ def routes(engine: Engine) -> APIRouter:
     created = int(time.time())
 
     def describe(name: str) -> dict[str, Any]:
-        model = {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "gale",
-            "max_model_len": engine.context_length,
-        }
+        model = {"id": name, "object": "model", "created": created, "owned_by": "gale"}
+        if name == MODERATION:
+            return {**model, "task": "moderation"}
+        model["max_model_len"] = engine.context_length
         return model if name == engine.model_id else {**model, "parent": engine.model_id}
 
     @router.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:
-        return {"object": "list", "data": [describe(name) for name in names_of(engine_of(request, engine))]}
+        mine = engine_of(request, engine)
+        names = (*names_of(mine), *((MODERATION,) if may_moderate(mine) else ()))
+        return {"object": "list", "data": [describe(name) for name in names]}
 
     # A path, because names such as "Qwen/Qwen3-0.6B" have slashes.
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str, request: Request) -> dict[str, Any]:
-        require_model(engine_of(request, engine), model_id)
+        mine = engine_of(request, engine)
+        if model_id != MODERATION or not may_moderate(mine):
+            require_model(mine, model_id)
         return describe(model_id)
 
     return router
+
+
+def may_moderate(engine: Engine) -> bool:
+    """Whether the caller whose engine this is may know of the classifier."""
+    return not isinstance(engine, MeteredEngine) or engine.admission.may_use(MODERATION)
 
 
 def names_of(engine: Engine) -> tuple[str, ...]:

@@ -130,7 +130,8 @@ def routes(moderator: Moderator, lifecycle: Lifecycle) -> APIRouter:
                 "model": name,
                 "results": [_result(each) for each in judgements],
                 "judged_categories": judged,
-            }
+            },
+            long=len(judgements) > 1,
         )
 
     return router

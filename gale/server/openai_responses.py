@@ -17,15 +17,15 @@ import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gale.core.errors import StoreError
-from gale.engine.request import Engine, EngineOverloadedError, Finished, TokenScore, Usage
+from gale.engine.request import Engine, Finished, TokenScore, Usage
 from gale.platform.access import authorize
 from gale.platform.errors import ConflictError
 from gale.platform.ids import new_id
-from gale.platform.responses import UNFINISHED, KeptResponse, Responses, tidy
+from gale.platform.responses import UNFINISHED, KeptResponse, Responses
 from gale.platform.store import Store
+from gale.server.background import Background
 from gale.server.caller import actor_of, engine_of
-from gale.server.disconnect import cancel, while_wanted
+from gale.server.disconnect import while_wanted
 from gale.server.errors import ApiError, as_api_error
 from gale.server.json_body import read_json, request_schema
 from gale.server.json_text import to_json
@@ -41,15 +41,12 @@ from gale.server.sse import EventStream, ServerSentEvent, StreamLimits
 
 log = structlog.get_logger("gale.server.responses")
 
-TIDY_EVERY_S = 3600.0
-MOST_RUNNING = 256  # responses in the background
-
 
 def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLimits) -> APIRouter:
     """All of them."""
     router = APIRouter(prefix="/v1/responses", tags=["openai"])
-    running: dict[str, asyncio.Task[None]] = {}
-    lifecycle.background.append(lambda: _keep_tidy(store, running))
+    background = Background(store)
+    lifecycle.background.append(background.run)
 
     @router.post("", response_model=None, openapi_extra=request_schema(ResponseRequest))
     async def create(request: Request) -> Response:
@@ -64,11 +61,9 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
                 _stream(answering), lifecycle, error_name="error", error_body=_error_event, limits=limits
             )
         if body.background and responses is not None:
-            if len(running) >= MOST_RUNNING:
-                raise EngineOverloadedError("Too many responses are being answered in the background.")
+            background.require_room()
             await responses.save(kept)
-            running[kept.id] = task = asyncio.create_task(answering.to_end())
-            task.add_done_callback(lambda _: running.pop(kept.id, None))
+            background.begin(kept.id, answering, actor_of(request))
             return JSONResponse(kept.body)
         await while_wanted(request.receive, lifecycle, answering.to_end(reraise=True))
         return JSONResponse(kept.body)
@@ -99,8 +94,7 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
         kept = await responses.get(response_id)
         if not kept.body["background"]:
             raise ApiError(400, "Only a response in the background can be cancelled.", code="invalid_request")
-        if (task := running.get(response_id)) is not None:
-            await cancel(task)
+        await background.cancel(response_id)
         kept = await responses.get(response_id)
         if kept.body["status"] in UNFINISHED:
             raise ConflictError("It is being answered by another server, or its server was killed.")
@@ -124,6 +118,12 @@ class _Answering:
         self._asked = asked
         self._kept = kept
         self._responses = responses
+        self._why_cancelled: dict[str, str] | None = None
+
+    def access_ended(self) -> None:
+        """See :class:`gale.server.background.Answering`."""
+        message = "It was stopped: the key or account that asked for it is no longer valid."
+        self._why_cancelled = {"code": "server_error", "message": message}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """What a stream says, without sequence numbers.
@@ -157,7 +157,7 @@ class _Answering:
         finally:
             await answering.aclose()
             if body["status"] in ("queued", "in_progress"):  # the client has left, or cancelled it
-                body["status"] = "cancelled"
+                body["status"], body["error"] = "cancelled", self._why_cancelled
             if begun or body["background"]:
                 await self._save()
         yield {"type": f"response.{body['status']}", "response": body}
@@ -253,18 +253,3 @@ async def _stream(answering: _Answering) -> AsyncGenerator[ServerSentEvent, None
 def _error_event(error: ApiError) -> dict[str, Any]:
     told = error.body["error"]
     return {"type": "error", "code": told["code"], "message": told["message"], "param": told["param"]}
-
-
-async def _keep_tidy(store: Store, running: dict[str, asyncio.Task[None]]) -> None:
-    """Forget old responses every hour; stop what runs when the server does."""
-    began = time.time_ns() // 1000
-    try:
-        while True:
-            try:
-                await tidy(store.database, unfinished_before=began - int(TIDY_EVERY_S * 1e6))
-            except StoreError as error:
-                log.warning("responses_not_tidied", reason=error.message)
-            await asyncio.sleep(TIDY_EVERY_S)
-            began = time.time_ns() // 1000
-    finally:
-        await cancel(*running.values())

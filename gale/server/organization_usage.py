@@ -120,6 +120,9 @@ async def _page(
     since = asked.number("start_time", None, 0, last) * _US // step * step
     until = asked.number("end_time", int(time.time()) + 1, 0, last) * _US
     length = asked.number("limit", lengths[0], 1, lengths[1])
+    if width == "1m" and since < (time.time() - settings().usage_days * 86_400) * _US:
+        reason = f"usage is kept by the minute for {settings().usage_days} days; of earlier ask for 1h or 1d"
+        raise invalid("start_time", reason)
     begin = max(since, asked.number("page", 0, 0, last) * _US // step * step)
     end = min(until, begin + length * step)
     filters = {axis: values for name, axis in _FILTERS.items() if (values := asked.many(name))}

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn.server import HANDLED_SIGNALS
 
 from gale.core.errors import GaleError
+from gale.server.disconnect import cancel
 from gale.server.http1 import MOST_HEAD_BYTES, Http1
 from gale.server.lifecycle import Lifecycle
 from gale.server.local_guard import is_loopback
@@ -78,14 +79,14 @@ async def run(app: ASGIApp, sock: socket.socket, lifecycle: Lifecycle, on_ready:
     server = _Server(config, lifecycle, on_ready)
     async with _background(lifecycle):
         await server.serve(sockets=[sock])
-    # What had to be cancelled still gets to store what it has before its store is closed.
-    if tasks := set(server.server_state.tasks):
-        await asyncio.wait(tasks, timeout=2)
+        # What had to be cancelled still gets to store what it has, and to be charged for it.
+        if tasks := set(server.server_state.tasks):
+            await asyncio.wait(tasks, timeout=2)
 
 
 @contextlib.asynccontextmanager
 async def _background(lifecycle: Lifecycle) -> AsyncIterator[None]:
-    """The server's other work, cancelled and waited for at the end; what ends with an error is logged."""
+    """The server's other work, ended as :class:`Lifecycle` says; what ends with an error is logged."""
 
     async def guarded(work: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -97,9 +98,8 @@ async def _background(lifecycle: Lifecycle) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in reversed(tasks):
+            await cancel(task)
 
 
 class _Server(uvicorn.Server):

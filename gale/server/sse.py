@@ -23,11 +23,13 @@ from gale.server.lifecycle import Lifecycle
 log = structlog.get_logger("gale.server.sse")
 
 KEEP_ALIVE = b": keep-alive\n\n"
+# A stream's lines end with CR or LF only, but many clients' line readers end them at these as well.
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One event: ``data`` without line breaks (JSON has none), and a name where the protocol wants one."""
+    """One event: ``data``, which is JSON and so without line breaks, and a name where the protocol wants one."""
 
     data: str
     name: str | None = None
@@ -35,7 +37,7 @@ class ServerSentEvent:
     def encode(self) -> bytes:
         """The event as bytes of the stream."""
         name = f"event: {self.name}\n" if self.name else ""
-        return f"{name}data: {self.data}\n\n".encode("utf-8", "replace")
+        return f"{name}data: {self.data.translate(_LINE_ENDS)}\n\n".encode("utf-8", "replace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ def _derive(depth: int, flops: float | None, vocabulary: int, row_tokens: int, g
     )
     settle(
         "optimiser.warmup_steps",
-        min(2000, max(1, round(0.03 * steps))),
+        min(2000, max(1, round(0.03 * steps)), steps - 1),
         "3% of the steps, at most 2,000",
     )
     settle("optimiser.decay_share", 0.4, "as the built-in model; long decays serve short runs (Hägele et al. 2024)")

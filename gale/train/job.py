@@ -45,6 +45,7 @@ from gale.train.job_recipe import (
     VALIDATED,
     Hyperparameters,
     TuningJob,
+    most_tokens,
     recipe_of,
     settled,
 )
@@ -104,6 +105,7 @@ def _validate(folder: Path, job: TuningJob) -> dict[str, Any]:
         "examples": {split: asdict(each) for split, each in found.items()},
         "hyperparameters": knobs.model_dump(),
         "steps": recipe.steps,
+        "most_tokens": most_tokens(recipe, found["train"]),
     }
 
 

@@ -140,6 +140,22 @@ def recipe_of(
     return recipe
 
 
+def most_tokens(recipe: SftRecipe | DpoRecipe | RlRecipe, examples: Examples) -> int:
+    """The most tokens that ``recipe`` can train, read from ``examples``: exactly those that it does where it ends with
+    a whole epoch and is told what to say.
+
+    An epoch reads each row once, both halves of a preference, and each question as often as it is answered.
+    """
+    rows, answers, longest = recipe.steps * recipe.batch_rows, 1, examples.longest
+    if isinstance(recipe, DpoRecipe):
+        longest *= 2
+    elif isinstance(recipe, RlRecipe):
+        answers = recipe.answers_per_prompt
+    epochs, more = divmod(rows // answers, examples.rows)
+    read = answers * (epochs * examples.tokens + min(more * longest, examples.tokens))
+    return read + rows * recipe.answer_tokens if isinstance(recipe, RlRecipe) else read
+
+
 def _learning_rate(config: ModelConfig, method: Method) -> float:
     """Of adapters: narrow models bear more. Measured at 256 units and usual at 4096, with a line between in logs."""
     rate: float = 2e-4 * (4096 / config.hidden_size) ** 0.9

@@ -110,6 +110,11 @@ def _run(stage: Stage[ModelType], out: Path, resume: bool, world: World) -> dict
 
     with Bar(stage.name, recipe.steps, start, silent=not world.main) as bar:
         bar.say(f"{compute.reason}; {parameters / 1e6:.2f}M parameters; {out}")
+        if recipe.optimiser.warmup_steps >= recipe.steps:
+            bar.say(
+                f"optimiser.warmup_steps ({recipe.optimiser.warmup_steps}) is no less than steps ({recipe.steps}): the "
+                "learning rate will rise to the end and never fall. Good for a trial, not for a model."
+            )
         if resume:
             bar.say(
                 f"Going on after step {start}." if start else "There is no checkpoint yet; starting at the beginning."

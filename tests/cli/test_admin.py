@@ -6,9 +6,12 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from gale.cli.main import app
 from gale.platform.access import Actor
 from gale.platform.database import Database
 from gale.platform.store import Store
@@ -112,7 +115,7 @@ def test_organisations_are_apart(gale: Gale, running: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["org"], ["project"], ["user"], ["key"], ["key", "create"], ["user", "create"]]
+    "command", [[], ["org"], ["project"], ["user"], ["key"], ["key", "create"], ["user", "create"], ["copy"]]
 )
 def test_help_says_what_a_command_does(gale: Gale, command: list[str]) -> None:
     shown = gale("admin", *command, "--help")
@@ -120,9 +123,27 @@ def test_help_says_what_a_command_does(gale: Gale, command: list[str]) -> None:
     assert "Usage" in shown.out
 
 
-def test_a_database_of_one_s_own(gale: Gale, home: Path, tmp_path: Path) -> None:
+def test_a_database_of_one_s_own(gale: Gale, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"sqlite:///{tmp_path / 'other.db'}"
     (tmp_path / "other.db").write_bytes((home / "gale.db").read_bytes())
     gale("admin", "key", "create", "k", "--db", url)
     assert gale("admin", "key", "list").out == "None.\n"
     assert asyncio.run(Store(Database.open(url)).sessions.accounts_exist())
+    monkeypatch.setenv("GALE_DB", url)
+    assert "k" in gale("admin", "key", "list").out
+    assert gale("admin", "key", "list", "--db", f"sqlite:///{home / 'gale.db'}").out == "None.\n", "--db is stronger"
+    monkeypatch.setenv("GALE_DB", "")
+    assert gale("admin", "key", "list").out == "None.\n", "empty is not given"
+
+
+def test_every_command_that_takes_a_database_takes_it_from_the_environment_too() -> None:
+    def options(command: Any, name: str = "gale") -> Iterator[tuple[str, Any]]:
+        yield from ((name, option) for option in command.params if "--db" in option.opts)
+        for word, inner in getattr(command, "commands", {}).items():
+            yield from options(inner, f"{name} {word}")
+
+    found = list(options(typer.main.get_command(app)))
+    assert {"gale serve", "gale admin init", "gale admin usage", "gale admin quota limit"} <= {
+        name for name, _ in found
+    }
+    assert {option.envvar for _, option in found} == {"GALE_DB"}

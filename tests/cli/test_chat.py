@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gale.cli.terminal import printable
+from gale.core.printable import printable
 from gale.model.checkpoint import save_model
 from gale.model.transformer import Decoder
 from gale.text.tokenizer import Tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,14 @@ class Checker:
         if departure is not None:
             departure(answer)
         self._note(operation, self._problems(operation, media, answer))
+        return answer
+
+    def wait(self, path: str, until: Callable[[Any], bool]) -> Any:
+        """What ``path`` answers once it is so; nothing of it is compared."""
+        deadline = time.monotonic() + 300
+        while not until(answer := self._http.get(f"/v1{path}").json()):
+            assert time.monotonic() < deadline, answer
+            time.sleep(0.2)
         return answer
 
     def _problems(self, operation: str, media: str, answer: Any) -> list[str]:

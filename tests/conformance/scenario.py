@@ -38,7 +38,8 @@ def run(checker: Checker, model: str) -> None:
 
 def models(checker: Checker, model: str) -> None:
     checker.call("get /models")
-    checker.call("get /models/{model}", params={"model": model})
+    for name in (model, "gale-moderation"):
+        checker.call("get /models/{model}", params={"model": name})
 
 
 def chat(checker: Checker, model: str) -> None:
@@ -123,7 +124,14 @@ def administration(checker: Checker, model: str) -> None:
     checker.call(f"delete {one}/api_keys/{{api_key_id}}", params=key)
     checker.call(f"delete {one}/service_accounts/{{service_account_id}}", params=account)
     checker.call(f"post {one}/archive", params=project)
-    checker.call("get /organization/audit_logs")
+    checker.call("get /organization/audit_logs", departure=_own_events)
+
+
+def _own_events(answer: Any) -> None:
+    """What was done to fine-tuning jobs stands in the audit log, of which types the document does not know."""
+    for event in answer["data"]:
+        if event["type"].startswith("fine_tuning_job."):
+            event["type"] = "resource.deleted"
 
 
 def _unscored_first_token(answer: Any) -> None:
@@ -237,12 +245,10 @@ def fine_tuning(checker: Checker, model: str) -> None:
     checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/resume", params=one)
     checker.call("post /fine_tuning/jobs/{fine_tuning_job_id}/cancel", params=one)
     checker.call("get /fine_tuning/jobs")
-
-
-def _paused(answer: Any) -> None:
-    """A paused job is paused, of which state the document does not know."""
-    assert answer["status"] == "paused"
-    answer["status"] = "queued"
+    short = {**body, "method": {"type": "supervised", "supervised": {"hyperparameters": {**knobs, "n_epochs": 1}}}}
+    short_id = checker.call("post /fine_tuning/jobs", json=short)["id"]
+    done = checker.wait(f"/fine_tuning/jobs/{short_id}", lambda job: job["finished_at"] is not None)
+    checker.call("delete /models/{model}", params={"model": done["fine_tuned_model"]})
 
 
 def upload(checker: Checker, rows: list[dict[str, Any]], purpose: str) -> str:

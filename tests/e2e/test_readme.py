@@ -36,10 +36,25 @@ def test_both_languages_show_the_same_code() -> None:
     assert blocks("sh")[0].splitlines()[-1] == "make run"
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md", "CONTRIBUTING.md", *sorted(map(str, PAGES))])
+def links_of(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)#]+)", page.read_text())
+
+
+def test_both_languages_say_what_is_promised_of_security_with_the_same_tests() -> None:
+    english, chinese = (ROOT / name for name in ("SECURITY.md", "SECURITY.zh.md"))
+    first, second = ([link for link in links_of(page) if link.startswith("tests/")] for page in (english, chinese))
+    assert first == second != []
+    points = [re.findall(r"^- ", page.read_text(), re.MULTILINE) for page in (english, chinese)]
+    assert len(points[0]) == len(points[1])
+
+
+PLAIN = ["README.md", "README.zh.md", "CONTRIBUTING.md", "SECURITY.md", "SECURITY.zh.md"]
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *sorted(map(str, PAGES))])
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
-    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    links = links_of(page)
     broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert broken == []
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,6 +194,22 @@ def test_no_grammar_takes_long(grammars: Grammars, tokenizer: Tokenizer, grammar
     with contextlib.suppress(GrammarError):
         say_anything(grammars, tokenizer, grammar, seed=3, most=30)
     assert time.process_time() - began < 3  # CPU time; without limits some of them took tens of seconds
+
+
+def test_thousands_of_grammars_leave_nothing_behind(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    """Nothing is kept for a next time, so nobody can fill the memory with grammars of which no two are alike."""
+
+    def use(numbers: range) -> None:
+        for number in numbers:
+            names = {f"property_{number}_{i}": {"type": "string", "maxLength": number} for i in range(8)}
+            matcher = grammars.compile(schema({"type": "object", "properties": names, "required": sorted(names)}))
+            matcher.commit(tokenizer.encode("{")[0])
+
+    use(range(100, 600))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    use(range(600, 2600))
+    assert process.memory_info().rss - before < 24 * 2**20  # kept, they took some 100 KB each
 
 
 def test_free_and_constrained_answers_in_one_batch_are_what_they_are_alone(

@@ -8,7 +8,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Kind
+
+from gale.model.checkpoint import assembling
+from gale.model.gguf_file import GgufFile
+from gale.model.gguf_import import gguf_config, gguf_weights
+from gale.model.transformer import Decoder
 
 Pack = Callable[[str, np.ndarray], tuple[np.ndarray, Kind]]
 ARCHITECTURES = {
@@ -18,6 +24,16 @@ ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+
+
+def open_gguf(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model of a file, whose tokenizer need not be there."""
+    file = GgufFile.read(path)
+    config = gguf_config(file)
+    with assembling(config, dtype=dtype, device=None) as (model, take):
+        for name, weight in gguf_weights(file, config):
+            take(name, weight)
+    return model.eval()
 
 
 def as_fp32(name: str, numbers: np.ndarray) -> tuple[np.ndarray, Kind]:

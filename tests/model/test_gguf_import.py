@@ -20,11 +20,11 @@ from gale.model.checkpoint import load_model, load_tokenizer
 from gale.model.config import ModelConfig
 from gale.model.gguf_export import export_gguf
 from gale.model.gguf_file import GgufFile
-from gale.model.gguf_import import convert_gguf, gguf_config, load_gguf
+from gale.model.gguf_import import convert_gguf, gguf_config
 from gale.model.gguf_tokenizer import read_tokenizer
 from gale.model.rope import RopeScaling
 from gale.text.tokenizer import Tokenizer
-from tests.model.gguf_files import as_fp32, packed_as, write_gguf
+from tests.model.gguf_files import as_fp32, open_gguf, packed_as, write_gguf
 from tests.model.test_families import CASES, GEMMA, LONGROPE, PHI, our_logits, their_logits, theirs
 from tests.model.test_gguf_export import KINDS, LLAMA, export
 from tests.tiny_model import save_folder
@@ -45,7 +45,7 @@ def test_what_we_export_we_open_alike(kind: str, tokenizer: Tokenizer, tmp_path:
     folder = save_folder(tokenizer, tmp_path / "model", **{**KINDS, **ropes}[kind])
     path = export(folder)
     expected = our_logits(load_model(folder, dtype=torch.float32), IDS)
-    assert torch.allclose(our_logits(load_gguf(path, dtype=torch.float32), IDS), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(our_logits(open_gguf(path), IDS), expected, rtol=1e-5, atol=1e-5)
     convert_gguf(path, tmp_path / "again")
     again = load_model(tmp_path / "again", dtype=torch.float32)
     assert torch.allclose(our_logits(again, IDS), expected, rtol=1e-5, atol=1e-5)
@@ -79,7 +79,7 @@ def test_families_that_we_do_not_export_open_too(
 ) -> None:
     original = theirs(kind, settings)
     write_gguf(tmp_path / "model.gguf", original, extra=extra)
-    opened = load_gguf(tmp_path / "model.gguf", dtype=torch.float32)
+    opened = open_gguf(tmp_path / "model.gguf")
     expected = their_logits(original, IDS)
     assert (our_logits(opened, IDS) - expected).abs().max() < 1e-4
     reader = (
@@ -150,7 +150,7 @@ def test_q4_k_m_is_unpacked_as_the_format_says_and_as_transformers_does(tmp_path
         return packed, kind
 
     write_gguf(tmp_path / "model.gguf", original, pack=pack)
-    opened = load_gguf(tmp_path / "model.gguf", dtype=torch.float32)
+    opened = open_gguf(tmp_path / "model.gguf")
     layer: Any = opened.layers[0]
     for name, weight in {
         "token_embd": opened.embed_tokens.weight,
@@ -177,13 +177,13 @@ def convert_gguf_without_tokenizer(folder: Path) -> None:
 def test_weights_are_what_the_gguf_library_unpacks(kind: Kind, tmp_path: Path) -> None:
     original = theirs("Qwen3", {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16})
     write_gguf(tmp_path / "model.gguf", original, pack=packed_as(kind))
-    opened = load_gguf(tmp_path / "model.gguf", dtype=torch.float32)
+    opened = open_gguf(tmp_path / "model.gguf")
     for name, weight in original.named_parameters():
         numbers = weight.detach().numpy()
         if numbers.ndim > 1:
             numbers = gguf.dequantize(gguf.quantize(numbers, kind), kind)
         assert np.array_equal(opened.get_parameter(name.removeprefix("model.")).detach().numpy(), numbers), name
-    narrow = load_gguf(tmp_path / "model.gguf", dtype=torch.bfloat16)
+    narrow = open_gguf(tmp_path / "model.gguf", torch.bfloat16)
     assert torch.equal(narrow.embed_tokens.weight, opened.embed_tokens.weight.bfloat16())
 
 
@@ -192,7 +192,7 @@ def test_a_converted_folder_keeps_the_numbers(kind: str, stored: str, tokenizer:
     folder = save_folder(tokenizer, tmp_path / "model", **{**LLAMA, "hidden_size": 96, "intermediate_size": 96})
     convert_gguf(export(folder, kind), tmp_path / "again")
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
-    wide = load_gguf(folder / "model.gguf", dtype=torch.float32)
+    wide = open_gguf(folder / "model.gguf")
     for name, weight in load_model(tmp_path / "again", dtype=dtype).named_parameters():
         assert torch.equal(weight, wide.get_parameter(name).to(dtype)), name
 
@@ -290,7 +290,7 @@ def test_a_gguf_file_that_cannot_be_opened_says_why(tokenizer: Tokenizer, tmp_pa
     def refused(changed: bytes, said: str) -> None:
         path.write_bytes(changed)
         with pytest.raises(ModelError, match=said):
-            load_gguf(path, dtype=torch.float32)
+            open_gguf(path)
 
     refused(b"", "damaged")
     refused(b"GGML" + content[4:], "does not begin with GGUF")
@@ -335,4 +335,4 @@ def test_a_kind_of_numbers_that_the_library_cannot_unpack_is_named(tmp_path: Pat
     spoiled = content[:at] + struct.pack("<I", Kind.I32) + content[at + 4 :]
     (tmp_path / "model.gguf").write_bytes(spoiled)
     with pytest.raises(ModelError, match="cannot unpack I32"):
-        load_gguf(tmp_path / "model.gguf", dtype=torch.float32)
+        open_gguf(tmp_path / "model.gguf")

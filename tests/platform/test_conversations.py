@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import insert
 
 from gale.platform import conversations as module
+from gale.platform import tables
 from gale.platform.access import LOCAL_OWNER
 from gale.platform.conversations import Conversations
 from gale.platform.errors import CursorError, NotFoundError
@@ -121,6 +123,15 @@ def test_deleting_takes_the_messages_along(conversations: Conversations, databas
     assert execute(database_url, "SELECT count(*) FROM messages") == [(0,)]
     with pytest.raises(NotFoundError):
         run(conversations.finish(turn.answer, "late", "complete"))
+
+
+def test_a_conversation_of_any_length_can_be_deleted(conversations: Conversations, database_url: str) -> None:
+    conversation = run(conversations.create())
+    row = {"conversation_id": conversation.id, "role": "user", "content": "", "status": "complete"}
+    rows = [{**row, "id": f"m{n}", "parent_id": f"m{n - 1}" if n else None, "created_at": n} for n in range(1500)]
+    run(conversations._database.write(lambda connection: connection.execute(insert(tables.messages), rows)))
+    run(conversations.delete(conversation.id))
+    assert execute(database_url, "SELECT count(*) FROM messages") == [(0,)]
 
 
 def test_renaming_and_branching_do_not_change_the_order(conversations: Conversations) -> None:

@@ -220,6 +220,62 @@ def test_many_requests_at_once_read_once_and_one_that_leaves_ends_no_other(world
     run(work)
 
 
+def test_a_flood_of_wrong_keys_costs_few_reads_and_drives_out_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gale.platform.recent.MOST", 300)
+
+    async def work() -> None:
+        identities = Identities(world.flaky, SECRET, clock=lambda: world.now)  # type: ignore[arg-type]
+        known = [(await world.key())[1] for _ in range(3)]
+        assert all([await identities.of_key(key) for key in known])
+        world.flaky.reads = 0
+        wrong = [new_key() for _ in range(1200)]
+        answers = await asyncio.gather(*(identities.of_key(key) for key in [*wrong, *known]))
+        assert [answer is not None for answer in answers] == [False] * len(wrong) + [True] * len(known)
+        assert world.flaky.reads <= 4, "those that come together are looked up together"
+        for _ in range(50):
+            assert await identities.of_key(wrong[-1]) is None
+        assert all([await identities.of_key(key) for key in known])
+        assert world.flaky.reads <= 4, "and one that comes again is not looked up again"
+        assert len(identities._known._absent) <= 300, "but not all are remembered"
+        world.now += 4.9
+        assert await identities.of_key(wrong[-1]) is None
+        assert world.flaky.reads <= 5
+
+    run(work)
+
+
+def test_a_key_that_was_refused_works_once_it_is_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = new_key()
+    monkeypatch.setattr("gale.platform.api_keys.new_key", lambda **_: text)
+
+    async def work() -> None:
+        other = Identities(world.flaky, SECRET, clock=lambda: world.now)  # type: ignore[arg-type]
+        assert await world.who(text) is None
+        assert await other.of_key(text) is None
+        await world.key()
+        world.identities.forget()  # as the routes do
+        assert await world.who(text) is not None, "in the process that made it at once"
+        assert await other.of_key(text) is None
+        world.now += 4.9
+        assert await other.of_key(text) is not None, "and in others within seconds"
+
+    run(work)
+
+
+def test_a_look_up_that_fails_is_not_taken_for_an_unknown_key(world: World) -> None:
+    async def work() -> None:
+        keys = [(await world.key())[1] for _ in range(3)]
+        world.flaky.away = True
+        for failure in await asyncio.gather(*map(world.who, keys), return_exceptions=True):
+            assert isinstance(failure, StoreError)
+        world.flaky.away = False
+        assert all(await asyncio.gather(*map(world.who, keys)))
+
+    run(work)
+
+
 def test_last_use_is_written_beside_requests_and_once_a_minute(world: World) -> None:
     async def work() -> None:
         key_id, key = await world.key()

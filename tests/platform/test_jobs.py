@@ -103,6 +103,24 @@ def test_a_lease_that_is_renewed_is_not_over(jobs: Jobs, monkeypatch: pytest.Mon
     assert claim(jobs, "two") is None
 
 
+@pytest.mark.parametrize("hours", [1, -1, 24 * 366])
+def test_a_clock_that_is_set_keeps_no_job_from_being_taken_up(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    create(jobs)
+    killed = claim(jobs, lease_s=10)
+    assert killed is not None
+    now = module.now_us()
+    monkeypatch.setattr(module, "now_us", lambda: now + hours * 3_600_000_000)
+    second = claim(jobs, "two", lease_s=10)
+    assert second is not None and second.attempt == 2
+    with pytest.raises(LeaseLostError):
+        run(jobs.renew(killed, 10))
+    assert claim(jobs, "three", lease_s=10) is None
+    monkeypatch.setattr(module, "now_us", lambda: now + hours * 3_600_000_000 - 200_000_000)
+    assert claim(jobs, "three", lease_s=10) is None, "another server's clock may be a little behind"
+
+
 def test_a_released_job_is_claimed_at_once(jobs: Jobs) -> None:
     create(jobs)
     job = claim(jobs)
@@ -176,9 +194,9 @@ def test_another_project_s_job_does_not_exist(jobs: Jobs) -> None:
 
 
 def test_a_check_refuses_a_job_before_it_is_there(jobs: Jobs) -> None:
-    def refuse(connection: Connection) -> None:
+    def refuse(connection: Connection, job: Job) -> None:
         raise NotFoundError("There is no such file.")
 
     with pytest.raises(NotFoundError):
-        create(jobs, check=refuse)
+        create(jobs, also=refuse)
     assert run(jobs.page(LOCAL_OWNER, "batch", limit=1)).items == []

@@ -1,5 +1,5 @@
-"""The ledger under everything that can happen to it, in any order: requests that end in any way, servers that are
-killed and start again, limits that change. After every step nobody has been promised more than there is.
+"""The ledger under everything that can happen to it, in any order: requests and trainings that end in any way, servers
+that are killed and start again, limits that change. After every step nobody has been promised more than there is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import Any, TypeVar
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from sqlalchemy import Connection
 
 from gale.engine.request import Usage
 from gale.platform.admission import Admission, Ticket
-from gale.platform.budgets import BudgetKey, BudgetSpentError
+from gale.platform.budgets import BudgetKey, BudgetSpentError, charge, hold, release
 from gale.platform.database import Database
+from gale.platform.ids import new_id
 from gale.platform.metering import Metering
 from gale.platform.purses import BEAT_S, LIFE_S
+from gale.platform.usage import UsageEvent, write_events
 from tests.platform.metered import ACTOR, PROJECT, Bench
 
 Result = TypeVar("Result")
@@ -29,9 +32,11 @@ NARROW = BudgetKey(PROJECT, "total")
 
 
 class Ledger(RuleBasedStateMachine):
-    """Three servers over one database. A ticket is a request that one of them has let pass."""
+    """Three servers over one database. A ticket is a request that one of them has let pass; a training is a job that
+    none of them holds for, and its most tokens."""
 
     tickets = Bundle("tickets")
+    trainings = Bundle("trainings")
 
     @initialize(wide=st.integers(50, 400), narrow=st.integers(50, 400))
     def begin(self, wide: int, narrow: int) -> None:
@@ -41,6 +46,7 @@ class Ledger(RuleBasedStateMachine):
         self.bench = Bench("sqlite://", self.database, Path(self.folder.name))
         self.limits = {WIDE: wide, NARROW: narrow}
         self.cost = 0  # of everything that was used
+        self.trainings_held = 0
         self.run(self.bench.price())
         for key, limit in self.limits.items():
             self.run(self.bench.budget(limit, key))
@@ -82,6 +88,33 @@ class Ledger(RuleBasedStateMachine):
         usage = Usage(prompt, int(answer * share)) if share else None
         ended.end(usage)
         self.cost += ended.price.cost(usage or Usage(0, 0))
+
+    @rule(target=trainings, most=st.integers(1, 120))
+    def train(self, most: int) -> tuple[str, int] | None:
+        job_id, now = new_id("job"), self.bench.clocks.us
+        try:
+            self.run(self.database.write(lambda c: hold(c, job_id, [WIDE.scope, NARROW.scope], most, now)))
+        except BudgetSpentError:
+            return None
+        self.trainings_held += most
+        return job_id, most
+
+    @rule(training=consumes(trainings), share=st.floats(0, 1))
+    def end_training(self, training: tuple[str, int] | None, share: float) -> None:
+        if training is None:
+            return
+        job_id, most = training
+        tokens = int(most * share)
+        whose = ("org_default", "proj_default", None, None)
+        event = UsageEvent(job_id, self.bench.clocks.us, *whose, "m", "fine_tuning", 1, 1, tokens, 0, 0, tokens, None)
+
+        def settle(connection: Connection) -> None:
+            release(connection, job_id)
+            charge(connection, job_id, write_events(connection, [event]), {}, self.bench.clocks.us)
+
+        self.run(self.database.write(settle))
+        self.trainings_held -= most
+        self.cost += tokens
 
     @rule(server=st.integers(0, 2))
     def write(self, server: int) -> None:
@@ -133,7 +166,8 @@ class Ledger(RuleBasedStateMachine):
             assert all(min(purse.free, purse.out, purse.spent) >= 0 for purse in purses.values())
             spent = sum(purse.spent for purse in purses.values())
             assert budget.used_micro + spent == self.cost
-            assert budget.used_micro + sum(purse.held for purse in purses.values()) <= self.limits[key]
+            promised = sum(purse.held for purse in purses.values()) + self.trainings_held
+            assert budget.used_micro + promised <= self.limits[key]
 
     def teardown(self) -> None:
         if hasattr(self, "runner"):

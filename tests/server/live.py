@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -74,6 +76,19 @@ def start(
         http.close()
 
     return Live(f"http://127.0.0.1:{port}", port, engine, store, http, stop, app)
+
+
+def begin(live: Live, path: str, body: object, *, receive_buffer: int | None = None) -> socket.socket:
+    """Send a request over a socket of its own, from which nothing is read yet."""
+    content = json.dumps(body).encode()
+    sock = socket.socket()
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", live.port))
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    sock.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return sock
 
 
 def eventually(condition: Callable[[], bool]) -> None:

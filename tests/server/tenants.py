@@ -20,7 +20,7 @@ from starlette.routing import Mount, Route
 from gale.platform import tables
 from gale.platform.access import LOCAL_OWNER, Actor
 from gale.platform.api_keys import NewKey
-from gale.platform.fine_tuning import Asked, FineTuning
+from gale.platform.fine_tuning import Asked
 from gale.platform.store import Store
 from tests.server.live import Live
 
@@ -92,8 +92,7 @@ def _files(tenant: Tenant) -> None:
 def _jobs(tenant: Tenant) -> None:
     # Past the route, which wants a model that can be trained.
     asked = Asked("tiny", "tiny", "/", None, tenant.ids["file_id"], None, "supervised", {}, None, 1, None, {})
-    files = tenant.store.files(tenant.actor)
-    tenant.ids["job_id"] = asyncio.run(FineTuning(tenant.store.jobs, files, tenant.actor).create(asked)).id
+    tenant.ids["job_id"] = asyncio.run(tenant.store.fine_tuning(tenant.actor).create(asked)).id
 
 
 def _batches(tenant: Tenant) -> None:

@@ -61,11 +61,11 @@ def test_an_adapter_is_a_model_that_comes_and_goes(server: Live, engine: LocalEn
         assert reply.model == model
         return reply.choices[0].message.content
 
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "gale-moderation"]
     with pytest.raises(openai.NotFoundError):
         ask("poems")
     engine.load_adapter("poems", folder / "poems")
-    assert [model.id for model in client.models.list()] == ["tiny", "poems"]
+    assert [model.id for model in client.models.list()] == ["tiny", "poems", "gale-moderation"]
     assert client.models.retrieve("poems").parent == "tiny"  # type: ignore[attr-defined]
     for model, adapter in (("tiny", None), ("poems", "poems")):
         expected, _ = asyncio.run(answer(engine, QUESTION, temperature=0, max_tokens=12, adapter=adapter))
@@ -81,7 +81,7 @@ def test_an_adapter_is_a_model_that_comes_and_goes(server: Live, engine: LocalEn
     with pytest.raises(openai.NotFoundError) as caught:
         ask("poems")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "gale-moderation"]
 
 
 def run_serve(folder: Path, *options: str) -> subprocess.Popen[str]:
@@ -98,7 +98,7 @@ def test_gale_serve_loads_the_adapters_it_is_given(folder: Path) -> None:
         line = process.stdout.readline()
         assert line.startswith("Gale is ready at "), line + process.communicate()[1]
         models = httpx2.get(f"{line.split()[4]}/v1/models").json()["data"]
-        assert [model["id"] for model in models] == ["base", "poems", "letters"]
+        assert [model["id"] for model in models] == ["base", "poems", "letters", "gale-moderation"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(300) == 0
     finally:

@@ -8,11 +8,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
 import pytest
 from openai import OpenAI
+from structlog.testing import capture_logs
 
 from gale.core.errors import StoreError
 from gale.platform import recent, tables
@@ -224,6 +226,36 @@ def test_an_open_stream_ends_when_its_key_is_revoked(keyed: Live, keyed_store: S
     until(lambda: keyed.engine.active == active)
 
 
+@pytest.mark.parametrize("how", ["key revoked", "owner removed"])
+def test_an_answer_in_the_background_ends_with_the_right_to_it(
+    keyed: Live, keyed_store: Store, key: str, how: str
+) -> None:
+    people = keyed_store.people(LOCAL_OWNER)
+    ann = asyncio.run(people.create("Ann", f"{how[:3]}@example.com", "member"))
+    asyncio.run(people.add(tables.DEFAULT_PROJECT, "member", user_id=ann.id))
+    project = keyed_store.api_keys(LOCAL_OWNER, tables.DEFAULT_PROJECT)
+    made, hers = asyncio.run(project.create(NewKey("hers"), ann.id))
+    body = {"model": "scripted/one", "input": "endless", "background": True}
+    active = keyed.engine.active
+    begun = [keyed.http.post("/v1/responses", json=body, headers=bearer(each)).json()["id"] for each in (hers, key)]
+
+    def read(response_id: str) -> dict[str, Any]:
+        answer: dict[str, Any] = keyed.http.get(f"/v1/responses/{response_id}", headers=bearer(key)).json()
+        return answer
+
+    until(lambda: [read(each)["status"] for each in begun] == ["in_progress"] * 2)
+    if how == "key revoked":
+        revoke(keyed_store, made.id)
+    else:
+        asyncio.run(people.remove(ann.id))
+    until(lambda: read(begun[0])["status"] == "cancelled")
+    assert "no longer valid" in read(begun[0])["error"]["message"]
+    assert keyed.engine.active == active + 1
+    assert read(begun[1])["status"] == "in_progress", "whoever may still use it goes on"
+    assert keyed.http.post(f"/v1/responses/{begun[1]}/cancel", headers=bearer(key)).json()["error"] is None
+    assert keyed.engine.active == active
+
+
 def revoke(store: Store, key_id: str) -> None:
     asyncio.run(store.api_keys(LOCAL_OWNER, tables.DEFAULT_PROJECT).revoke(key_id))
 
@@ -244,13 +276,20 @@ def test_without_its_database_it_says_so_and_lets_nobody_in(tmp_path: Path) -> N
         assert server.http.get("/v1/models", headers=bearer(key)).status_code == 200
 
         async def away(work: object) -> None:
-            raise StoreError("The database is away.")
+            raise StoreError("The database (gale at db.internal:5432) is away.", hint="Look at /srv/gale/gale.db.")
 
         store.database.read = away  # type: ignore[method-assign,assignment]
         assert server.http.get("/v1/models", headers=bearer(key)).status_code == 200, "it was known a moment ago"
         unknown = server.http.get("/v1/models", headers=bearer(new_text()))
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (503, "store_unavailable")
         assert unknown.headers["retry-after"]
+        with capture_logs() as lines:
+            unknown = server.http.get("/v1/models", headers=bearer(new_text()))
+        assert not re.search("internal|5432|/srv", unknown.text), "where the database is helps the operator alone"
+        name = unknown.headers["x-request-id"]
+        assert name in unknown.json()["error"]["message"]
+        told = [line for line in lines if line.get("request_id") == name and "db.internal:5432" in str(line)]
+        assert "/srv/gale/gale.db" in told[0]["hint"], "who is told"
     finally:
         server.stop()
         store.close()
@@ -294,6 +333,23 @@ def test_other_pages_may_use_it_where_they_are_named(keyed: Live, key: str) -> N
         response = keyed.http.options("/v1/chat/completions", headers={**ask, "origin": origin})
         assert response.status_code == 401
         assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_named_page_cannot_use_a_browser_s_sign_in(keyed: Live, keyed_store: Store) -> None:
+    ann = asyncio.run(keyed_store.people(LOCAL_OWNER).create("Ann", "ann@example.com", "owner"))
+    link = asyncio.run(keyed_store.sessions.link_for(LOCAL_OWNER, ann.id))
+    for page in ({"origin": "https://app.example"}, {"origin": "https://app.example", "sec-fetch-site": "same-site"}):
+        assert keyed.http.post("/api/sign-in", json={"token": link.token}, headers=page).status_code == 403
+        session = asyncio.run(keyed_store.sessions.sign_in(link.token, None))
+        cookie = {"cookie": f"{caller.COOKIE}={session}"}
+        assert keyed.http.get("/api/info", headers=cookie).status_code == 200
+        assert keyed.http.get("/api/info", headers={**cookie, **page}).status_code == 403
+        # Anywhere else the cookie is not even looked at.
+        assert refused(keyed.http.get("/v1/organization/projects", headers=cookie))
+        assert refused(
+            keyed.http.post("/v1/organization/admin_api_keys", json={"name": "x"}, headers={**cookie, **page})
+        )
+        link = asyncio.run(keyed_store.sessions.link_for(LOCAL_OWNER, ann.id))
 
 
 def test_a_named_page_may_use_a_gale_without_accounts(launch: Callable[..., Live]) -> None:

@@ -7,32 +7,25 @@ import contextlib
 import json
 import socket
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from gale.engine.request import Event, SamplingParams
 from gale.platform.store import Store
 from gale.server.app import create_app
 from gale.server.lifecycle import Lifecycle
-from tests.server.live import Live, eventually
+from gale.server.sse import StreamLimits
+from tests.server.live import Live, begin, eventually
 from tests.server.scripted_engine import ScriptedEngine
 
 
 def send(live: Live, content: str, *, stream: bool, receive_buffer: int | None = None) -> socket.socket:
     """A chat request over a socket of our own, from which nothing is read yet."""
-    body = json.dumps(
-        {"model": "scripted/one", "messages": [{"role": "user", "content": content}], "stream": stream}
-    ).encode()
-    sock = socket.socket()
-    if receive_buffer is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    sock.settimeout(20)
-    sock.connect(("127.0.0.1", live.port))
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    return sock
+    body = {"model": "scripted/one", "messages": [{"role": "user", "content": content}], "stream": stream}
+    return begin(live, "/v1/chat/completions", body, receive_buffer=receive_buffer)
 
 
 def read_until(sock: socket.socket, text: bytes) -> bytes:
@@ -64,6 +57,36 @@ def test_a_client_that_never_reads_is_given_up_and_delays_nobody(strict: Live) -
     assert strict.http.post("/v1/chat/completions", json=body).status_code == 200
     eventually(lambda: strict.engine.closed_early == before + 1)
     stuck.close()
+
+
+class CountedFlood(ScriptedEngine):
+    """Writes pieces of 10 KB for ever, and counts them."""
+
+    pieces = 0
+
+    async def _script(self, content: str, prompt: int, sampling: SamplingParams) -> AsyncGenerator[Event, None]:
+        async for event in super()._script(content, prompt, sampling):
+            self.pieces += content == "flood"
+            yield event
+
+
+def test_many_clients_that_never_read_take_no_more_memory_than_their_queues(launch: Callable[..., Live]) -> None:
+    clients, queue = 20, 8
+    live = launch(engine=CountedFlood(), stream_limits=StreamLimits(send_timeout_s=30, queue_events=queue))
+    stuck = [send(live, "flood", stream=True, receive_buffer=4096) for _ in range(clients)]
+    eventually(lambda: live.engine.active == clients)
+    seen = -1
+    while seen != live.engine.pieces:  # until everybody's queue is full
+        seen = live.engine.pieces
+        body = {"model": "scripted/one", "messages": [{"role": "user", "content": "hello"}]}
+        for _ in range(5):
+            assert live.http.post("/v1/chat/completions", json=body).status_code == 200
+    # What is on its way in the system's own buffers comes on top: a few megabytes for each at most.
+    assert live.engine.pieces < clients * (queue + 700)
+    assert live.engine.closed_early == 0
+    for sock in stuck:
+        sock.close()
+    eventually(lambda: live.engine.active == 0)
 
 
 def test_a_long_silence_is_filled_with_comments(strict: Live) -> None:

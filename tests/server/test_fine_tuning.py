@@ -21,13 +21,17 @@ import pytest
 import torch
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
+from sqlalchemy import Connection, select
 
+from gale.core.settings import settings
 from gale.engine.local import LocalEngine
 from gale.model.checkpoint import load_model
-from gale.platform import tuning_supervisor
+from gale.platform import tables, tuning_supervisor
 from gale.platform.access import LOCAL_OWNER, NotAllowedError
+from gale.platform.budgets import BudgetKey, read_budgets, set_budget
+from gale.platform.clock import now_us
 from gale.platform.errors import NotFoundError
-from gale.platform.fine_tuning import FineTuning
+from gale.platform.prices import Price, set_price
 from gale.platform.store import Store
 from gale.text.tokenizer import Tokenizer
 from tests.server.live import Live, start
@@ -108,6 +112,28 @@ def wait(client: OpenAI, job_id: str, until: Callable[[FineTuningJob], bool]) ->
 
 def ended(job: FineTuningJob) -> bool:
     return job.status in ("succeeded", "failed", "cancelled")
+
+
+def may_spend(store: Store, limit_micro: int) -> None:
+    """A token costs a micro-unit from now on, and the project has so many."""
+
+    def work(connection: Connection) -> None:
+        set_price(connection, "", Price(1_000_000, 1_000_000, 1_000_000))
+        set_budget(connection, BudgetKey(("project", "proj_default"), "total"), limit_micro, now_us())
+
+    asyncio.run(store.database.write(work))
+
+
+def money_of(store: Store) -> tuple[int, int, list[int]]:
+    """What is used and held of that, and what each job was charged."""
+
+    def work(connection: Connection) -> tuple[int, int, list[int]]:
+        (budget,) = read_budgets(connection, now_us())
+        events = tables.usage_events.c
+        query = select(events.cost_micro).where(events.kind == "fine_tuning").order_by(events.created_at)
+        return budget.used_micro, budget.held_micro, list(connection.scalars(query))
+
+    return asyncio.run(store.database.read(work))
 
 
 def steps_of(client: OpenAI, job_id: str) -> list[int]:
@@ -237,6 +263,12 @@ def test_a_killed_server_takes_its_jobs_up_again(base: Path, gale_home: Path) ->
             yield process, client_of(line.split(" at ")[1].split(" - ")[0])
             process.kill()
 
+    def money() -> tuple[int, int, list[int]]:
+        with contextlib.closing(Store.open(f"sqlite:///{gale_home / 'gale.db'}")) as store:
+            return money_of(store)
+
+    with contextlib.closing(Store.open(f"sqlite:///{gale_home / 'gale.db'}")) as store:
+        may_spend(store, 10**9)
     knobs = {"n_epochs": 40, "batch_size": 4}
     with serving() as (process, client):
         whole = wait(client, create(client, knobs=knobs).id, ended)
@@ -249,12 +281,46 @@ def test_a_killed_server_takes_its_jobs_up_again(base: Path, gale_home: Path) ->
         while child is not None and Path(f"/proc/{child}").exists():  # an orphan ends by itself
             assert time.monotonic() < deadline
             time.sleep(0.05)
+    tokens = whole.trained_tokens
+    assert money() == (tokens, tokens, [tokens])  # the killed one still holds what it may cost: as much
     with serving() as (process, client):
         job = wait(client, job.id, ended)
         assert job.status == "succeeded"
         assert steps_of(client, job.id) == list(range(1, 121))
         assert run_log(gale_home, job.id) == run_log(gale_home, whole.id)
         assert {job.fine_tuned_model, whole.fine_tuned_model} <= {model.id for model in client.models.list()}
+    assert money() == (2 * job.trained_tokens, 0, [tokens, job.trained_tokens])  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_a_job_holds_what_it_may_cost_and_pays_what_it_trained_once(
+    client: OpenAI, own_store: Store, gale_home: Path
+) -> None:
+    may_spend(own_store, 10**9)
+    job = create(client, knobs={"n_epochs": 40, "batch_size": 4})
+    wait(client, job.id, lambda _: len(steps_of(client, job.id)) >= 20)
+    used, most, charged = money_of(own_store)
+    assert (used, charged) == (0, []) and most > 0
+    os.kill(child_of(gale_home, job.id) or 0, signal.SIGKILL)
+    spent = wait(client, job.id, ended).trained_tokens
+    assert spent == most  # which is exact, as it ended with a whole epoch
+    assert money_of(own_store) == (spent, 0, [spent])
+
+    job = create(client, knobs=LONG)
+    wait(client, job.id, lambda _: len(steps_of(client, job.id)) >= 3)
+    cut = client.fine_tuning.jobs.cancel(job.id).trained_tokens
+    assert cut and cut < most
+    assert money_of(own_store) == (spent + cut, 0, [spent, cut])
+
+    may_spend(own_store, spent + cut + 5)
+    job = wait(client, create(client).id, lambda job: job.status == "failed")
+    assert job.error is not None and job.error.code == "insufficient_quota"
+    assert "budget of project proj_default has too little left for this job" in job.error.message
+    may_spend(own_store, spent + cut)
+    with pytest.raises(openai.RateLimitError) as caught:
+        create(client)
+    assert caught.value.code == "insufficient_quota"
+    assert money_of(own_store) == (spent + cut, 0, [spent, cut])
 
 
 @pytest.mark.slow
@@ -384,6 +450,20 @@ def test_what_is_not_offered_is_refused_by_name(client: OpenAI, change: dict[str
     assert list(client.fine_tuning.jobs.list()) == []
 
 
+def test_more_unfinished_jobs_than_a_project_may_have_are_refused(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GALE_TUNING_JOBS", "1")
+    settings.cache_clear()
+    job = create(client, knobs=LONG)
+    with pytest.raises(openai.RateLimitError, match="GALE_TUNING_JOBS") as caught:
+        create(client)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    client.fine_tuning.jobs.cancel(job.id)
+    client.fine_tuning.jobs.cancel(create(client).id)
+
+
 def test_an_engine_without_adapters_says_that_it_cannot_be_trained(live: Live) -> None:
     with pytest.raises(openai.BadRequestError, match="cannot be fine-tuned here") as caught:
         client_of(live.url).fine_tuning.jobs.create(model=live.engine.model_id, training_file="file-1")
@@ -393,7 +473,7 @@ def test_an_engine_without_adapters_says_that_it_cannot_be_trained(live: Live) -
 def test_jobs_and_models_of_another_project_do_not_exist(client: OpenAI, own_store: Store) -> None:
     job = create(client, knobs=LONG)
     stranger = replace(LOCAL_OWNER, project_id="proj_other")
-    theirs = FineTuning(own_store.jobs, own_store.files(stranger), stranger)
+    theirs = own_store.fine_tuning(stranger)
 
     async def ask() -> None:
         assert (await theirs.page(limit=10, after=None)).items == []
@@ -404,7 +484,7 @@ def test_jobs_and_models_of_another_project_do_not_exist(client: OpenAI, own_sto
             await theirs.events(job.id, limit=10, after=None)
         reader = replace(LOCAL_OWNER, role="reader")
         with pytest.raises(NotAllowedError):
-            await FineTuning(own_store.jobs, own_store.files(reader), reader).cancel(job.id)
+            await own_store.fine_tuning(reader).cancel(job.id)
 
     asyncio.run(ask())
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"

@@ -1,4 +1,4 @@
-"""A full disk: uploads are refused and leave nothing, batches wait, and all goes on when there is space again.
+"""A full disk: what would be written is refused and leaves nothing, batches wait, and all goes on with space again.
 
 The disk is full for files beyond a size that the system limits, which is the same refusal in the middle of a write.
 """
@@ -10,6 +10,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import openai
 import pytest
 from openai import OpenAI
@@ -18,6 +19,7 @@ from gale.platform.errors import NoSpaceError
 from gale.platform.store import Store
 from gale.server.batch_journal import Journal
 from tests.server.live import Live, start
+from tests.server.processes import serving
 
 
 @contextlib.contextmanager
@@ -71,3 +73,37 @@ def test_a_journal_stays_whole(tmp_path: Path) -> None:
     journal.add("output", "b", '{"custom_id": "b", "response": null}')
     journal.close()
     assert Journal(tmp_path).done == {"a", "b"}
+
+
+def test_a_database_that_cannot_grow_is_read_on_and_written_again_when_there_is_space(server: Live) -> None:
+    def store(text: str) -> httpx2.Response:
+        items = [{"type": "message", "role": "user", "content": text}]
+        return server.http.post("/v1/conversations", json={"items": items})
+
+    kept = store("small").json()["id"]
+    with full_beyond(1024 * 1024):
+        answers = [store("x" * 500_000) for _ in range(8)]
+        refused = answers[-1]
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+        assert refused.headers["retry-after"]
+        acknowledged = [answer.json()["id"] for answer in answers if answer.status_code == 200]
+        for made in (kept, *acknowledged):
+            assert server.http.get(f"/v1/conversations/{made}/items").status_code == 200
+    assert store("x" * 500_000).status_code == 200
+    for made in (kept, *acknowledged):
+        assert server.http.get(f"/v1/conversations/{made}/items").status_code == 200
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full, serving(tmp_path, log=full) as (process, url):
+        body = {"model": "scripted/one", "messages": [{"role": "user", "content": "one two"}]}
+        for stream in (False, True):
+            answer = httpx2.post(f"{url}/v1/chat/completions", json={**body, "stream": stream}, timeout=20)
+            assert answer.status_code == 200
+            assert "two" in answer.text
+        bug = {**body, "messages": [{"role": "user", "content": "bug"}]}  # which logs a traceback
+        for _ in range(50):
+            assert httpx2.post(f"{url}/v1/chat/completions", json=bug, timeout=20).status_code == 500
+        process.terminate()
+        assert process.wait(30) == 0

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+from collections.abc import Iterator
+
 import pytest
 
+from gale.platform.store import Store
 from gale.server.local_guard import is_loopback
-from tests.server.live import Live
+from gale.server.origins import Origins
+from tests.server.live import Live, start
+from tests.server.tenants import every_route
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:1234", "127.0.0.2", "[::1]", "[::1]:8000"])
@@ -61,6 +68,51 @@ def test_a_link_to_the_page_may_be_followed_but_a_form_not_sent(live: Live) -> N
 def test_any_key_or_none_is_accepted_here(live: Live, key: str | None) -> None:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     assert live.http.get("/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded", "X-Real-IP", "Via",
+     "CF-Connecting-IP", "CF-Ray", "CDN-Loop", "True-Client-IP", "X-Client-IP", "X-Original-Forwarded-For",
+     "Fly-Client-IP", "X-Envoy-External-Address"],
+)  # fmt: skip
+def test_a_proxy_on_this_machine_is_told_to_make_keys(live: Live, name: str) -> None:
+    for path in ("/", "/v1/models", "/api/conversations", "/metrics", "/healthz", "/nothing"):
+        for value in ("127.0.0.1", "for=localhost", ""):  # what it says is not believed, so it does not matter
+            response = live.http.get(path, headers={name: value})
+            assert response.status_code == 403, path
+            error = response.json()["error"]
+            assert error["code"] == "keys_required"
+            assert "`gale admin init`" in error["message"]
+
+
+PAGE = "http://localhost:3000"
+
+
+@pytest.fixture(scope="module")
+def with_page(store: Store) -> Iterator[Live]:
+    server = start(store, origins=Origins([PAGE]))
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("site", [{"sec-fetch-site": "same-site"}, {"sec-fetch-site": "same-origin"}, {}])
+def test_a_page_allowed_by_name_neither_administers_nor_reads_the_chat_pages_conversations(
+    with_page: Live, site: dict[str, str]
+) -> None:
+    page = {"origin": PAGE, **site}
+    assert with_page.http.get("/v1/models", headers=page).status_code == 200
+    tried = 0
+    for route in every_route(with_page):
+        if route.path.startswith(("/v1/organization", "/api/")):
+            path = re.sub(r"{[^}]*}", "x", route.path)
+            for method in sorted(route.methods or ()):
+                response = with_page.http.request(method, path, json={"name": "x"}, headers=page)
+                assert response.status_code == 403, f"{method} {path}"
+                assert response.json()["error"]["code"] == "forbidden_origin"
+                tried += 1
+    assert tried > 30
+    assert not asyncio.run(with_page.store.sessions.accounts_exist())
 
 
 def test_loopback_names() -> None:

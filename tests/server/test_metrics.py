@@ -78,5 +78,5 @@ def test_paths_that_nobody_declared_make_no_series(own: Store, launch: Callable[
 
 def test_a_proxy_on_this_machine_is_not_this_machine(own: Store, launch: Callable[..., Live]) -> None:
     server = launch(store=own)
-    # Without accounts whoever asks owns the machine; with them a proxied request needs an administration key.
-    assert server.http.get("/metrics", headers={"x-forwarded-for": "192.0.2.1"}).status_code == 200
+    assert server.http.get("/metrics").status_code == 200
+    assert server.http.get("/metrics", headers={"x-forwarded-for": "192.0.2.1"}).status_code == 403

@@ -149,8 +149,14 @@ def test_messages_reach_the_engine_as_its_template_takes_them(live: Live, client
 
 
 def test_models(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["scripted/one"]
+    assert [model.id for model in client.models.list()] == ["scripted/one", "gale-moderation"]
     assert client.models.retrieve("scripted/one").owned_by == "gale"
+    judge = client.models.retrieve("gale-moderation")
+    assert (judge.owned_by, judge.model_extra) == ("gale", {"task": "moderation"})
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=judge.id, messages=[{"role": "user", "content": "one"}])
+    with pytest.raises(openai.BadRequestError, match="not fine-tuned"):
+        client.models.delete(judge.id)
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("other")
     assert caught.value.code == "model_not_found"

@@ -95,6 +95,11 @@ def test_a_key_that_may_use_some_models_sees_no_other(fresh: Live, admin: OpenAI
         client.chat.completions.create(**CHAT)
     assert caught.value.code == "model_not_found"
     assert client.models.list().data == []
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gale-moderation")
+    made = fresh.http.post(f"/v1{path}", json={"name": "m", "models": ["gale-moderation"]}, headers=headers).json()
+    judging = with_key(fresh, made["value"])
+    assert [model.id for model in judging.models.list()] == ["gale-moderation"]
 
 
 def test_people_come_with_a_link_and_go(fresh: Live, admin: OpenAI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from gale.server.organization_quotas import NO_LIMIT
 from tests.server.live import Live
 
 HOUR_S = 3600
-DAY = 1_700_006_400  # a midnight in UTC
+DAY = (int(time.time()) // (24 * HOUR_S) - 10) * 24 * HOUR_S  # a midnight in UTC, whose usage is still kept
 MESSAGES: Any = [{"role": "user", "content": "one two three"}]
 
 
@@ -105,6 +106,21 @@ def test_usage_minute_by_minute_and_hour_by_hour(organization: Any) -> None:
     assert [[each.num_model_requests for each in bucket.results] for bucket in minutes.data] == [[1], [1]]
     hours = organization.usage.completions(start_time=DAY, end_time=DAY + 2 * HOUR_S, bucket_width="1h")
     assert [[each.num_model_requests for each in bucket.results] for bucket in hours.data] == [[2], [1]]
+
+
+def test_minutes_that_are_not_kept_any_more_are_refused_and_their_hours_told(
+    server: Live, own: Store, organization: Any
+) -> None:
+    old = DAY - 500 * 24 * HOUR_S
+    asyncio.run(own.database.write(lambda connection: write_events(connection, [event(old)])))
+    asyncio.run(own.sweep())
+    refused = server.http.get(f"/v1/organization/usage/completions?start_time={old}&bucket_width=1m")
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "start_time"
+    assert "400 days" in refused.json()["error"]["message"]
+    hours = organization.usage.completions(start_time=old, end_time=old + HOUR_S, bucket_width="1h")
+    assert [[each.num_model_requests for each in bucket.results] for bucket in hours.data] == [[1]]
+    costs = organization.usage.costs(start_time=old, end_time=old + 24 * HOUR_S)
+    assert costs.data[0].results[0].amount.value == 1.5
 
 
 def test_usage_page_by_page(organization: Any) -> None:

@@ -133,6 +133,19 @@ def test_answers_take_the_form_that_is_asked_for(client: OpenAI, extra: dict[str
     assert fits(answer.choices[0].message.content)
 
 
+def test_an_answer_cut_within_its_form_says_so_and_is_left_as_it_is(client: OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "minItems": 90}}}
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "response_format": form, "seed": 1, "max_tokens": 9}
+    choice = client.chat.completions.create(**ask).choices[0]
+    chunks = list(client.chat.completions.create(**ask, stream=True))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert choice.finish_reason == chunks[-1].choices[0].finish_reason == "length"
+    assert choice.message.content == streamed
+    assert streamed.startswith("[")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(streamed)
+
+
 def test_several_structured_answers_at_once(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model="tiny", messages=HELLO, n=4, seed=1, extra_body={"guided_choice": ["left", "right"]}

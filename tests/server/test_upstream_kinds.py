@@ -1,6 +1,7 @@
 """Servers of other kinds: what they serve, what their refusals mean, and the words that each of them understands.
 
-What vLLM, SGLang and llama.cpp answer here is written after their documentation and sources, not recorded from them.
+What vLLM, SGLang and llama.cpp answer here is written after their documentation and sources; what a llama.cpp server
+really answered is in test_upstream_llama_cpp.py.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -280,7 +282,7 @@ def test_reasoning_and_tool_calls_come_in_whatever_way_a_server_writes_them() ->
     )
     function = {"name": "f", "parameters": {"type": "object"}}
     with raw_server(v1__chat__completions=stream) as server:
-        tools = Tools((function, {"name": "g"}, {"name": "h"}), only=frozenset("fg"), parallel=False)
+        tools = Tools((function, {"name": "g"}, {"name": "h"}), only=frozenset("fg"))
         events = on(server.url, lambda engine: all_of(engine.chat(user("hi"), SamplingParams(), tools)))
         *others, second, end = events
         assert others == [
@@ -295,7 +297,11 @@ def test_reasoning_and_tool_calls_come_in_whatever_way_a_server_writes_them() ->
         assert end == Finished("stop", Usage(9, 8))
         sent = server.bodies("/v1/chat/completions")[0]
         assert sent["tools"] == [{"type": "function", "function": each} for each in (function, {"name": "g"})]
-        assert (sent["tool_choice"], sent["parallel_tool_calls"]) == ("auto", False)
+        assert (sent["tool_choice"], "parallel_tool_calls" in sent) == ("auto", False)
+        single = replace(tools, parallel=False)
+        events = on(server.url, lambda engine: all_of(engine.chat(user("hi"), SamplingParams(), single)))
+        assert (events[:-1], events[-1].reason) == (others, "stop")
+        assert server.bodies("/v1/chat/completions")[1]["parallel_tool_calls"] is False
     nameless = whole(delta(tool_calls=[call(0, id="a", function={"arguments": "{}"})]))
     with raw_server(v1__chat__completions=nameless) as server, pytest.raises(EngineFailedError, match="no name"):
         ask(server.url)
@@ -303,6 +309,7 @@ def test_reasoning_and_tool_calls_come_in_whatever_way_a_server_writes_them() ->
 
 def test_adapters_over_a_model_are_names_of_their_own() -> None:
     cards = [{"id": "m", "max_model_len": 64}, {"id": "lora", "parent": "m"}, {"id": "other", "parent": "x"}]
+    cards.append({"id": "gale-moderation", "task": "moderation"})  # which answers nobody
     answer = whole(event("a", "stop"), DONE)
     with raw_server(v1__models=models(*cards), v1__chat__completions=answer) as server:
 

@@ -17,6 +17,13 @@ from tests.tiny_data import write_jsonl
 from tests.tiny_model import save_folder
 from tests.train.runs import metrics
 
+GRADER = {
+    "type": "string_check",
+    "name": "right",
+    "input": "{{sample.output_text}}",
+    "operation": "ilike",
+    "reference": "{{item.answer}}",
+}
 ROW = {
     "messages": [{"role": "user", "content": "Where does it go?"}, {"role": "assistant", "content": "To the sea."}],
 }
@@ -51,7 +58,7 @@ def test_a_job_leaves_a_model_and_its_last_checkpoints_which_the_engine_serves(b
     trained = json.loads((folder / job.TRAINED).read_text())
     assert [each["step"] for each in trained["checkpoints"]] == [8, 9, 10]
     assert trained["checkpoints"][2]["train_loss"] < trained["checkpoints"][0]["train_loss"]
-    assert trained["trained_tokens"] == 4 * validated["examples"]["train"]["tokens"]
+    assert trained["trained_tokens"] == 4 * validated["examples"]["train"]["tokens"] == validated["most_tokens"]
     engine = LocalEngine.load(base)
     for place in (job.ADAPTERS + "/step-8", job.RUN + "/model"):
         engine.load_adapter(place, folder / place)
@@ -84,6 +91,41 @@ def test_a_row_that_cannot_be_trained_on_is_a_result_too(base: Path, tmp_path: P
     error = json.loads((tmp_path / "job" / job.VALIDATED).read_text())["error"]
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
     assert "line 11" in error["message"]
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo", "reinforcement"])
+def test_no_more_is_trained_than_was_said_before(base: Path, tmp_path: Path, method: Any) -> None:
+    asked = make(base, tmp_path / "job", [], n_epochs=3, batch_size=4)
+    question = [{"role": "user", "content": "Where to?"}]
+
+    def said(text: str) -> dict[str, str]:
+        return {"role": "assistant", "content": text}
+
+    rows: list[dict[str, Any]] = []
+    for number in range(10):  # of very different lengths; seven and a half steps are three epochs
+        text = "To the sea. " * (1 + number)
+        if method == "dpo":
+            rows.append(
+                {
+                    "input": {"messages": question},
+                    "preferred_output": [said(text)],
+                    "non_preferred_output": [said("No.")],
+                }
+            )
+        else:
+            rows.append({"messages": question if method == "reinforcement" else [*question, said(text)], "answer": "e"})
+    if method == "supervised":
+        rows = [{"messages": row["messages"]} for row in rows]
+    write_jsonl(asked.training_file, rows)
+    asked = asked.model_copy(update={"method": method, "grader": GRADER if method == "reinforcement" else None})
+    (tmp_path / "job" / job.JOB).write_text(asked.model_dump_json())
+    job.validate(tmp_path / "job")
+    most = json.loads((tmp_path / "job" / job.VALIDATED).read_text())["most_tokens"]
+    job.train(tmp_path / "job")
+    trained = json.loads((tmp_path / "job" / job.TRAINED).read_text())["trained_tokens"]
+    assert 0 < trained <= most
+    if method != "reinforcement":  # what answers will come to, nobody knows
+        assert most < 1.4 * trained
 
 
 @pytest.mark.parametrize(

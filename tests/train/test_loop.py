@@ -88,6 +88,16 @@ def test_the_loss_falls_and_everything_a_run_leaves_is_there(prepared: Path, tmp
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000038", "step-00000040"]
 
 
+def test_a_warm_up_as_long_as_the_run_is_warned_of(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(recipe(prepared, steps=3), tmp_path / "enough")
+    assert "warmup_steps" not in capsys.readouterr().err
+    pretrain(recipe(prepared, steps=2), tmp_path / "short")
+    assert "optimiser.warmup_steps (2) is no less than steps (2)" in capsys.readouterr().err
+    assert [row["learning_rate"] for row in metrics(tmp_path / "short")] == [0.005, 0.01]
+
+
 def test_the_first_loss_is_that_of_knowing_nothing(prepared: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     pretrain(recipe(prepared, steps=1), tmp_path / "run")
     uniform = torch.tensor(float(tokenizer.vocabulary_size)).log().item()

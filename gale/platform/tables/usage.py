@@ -43,7 +43,8 @@ budgets = Table(
     Column("held_micro", BigInteger, nullable=False),
 )
 
-# Money that a process has set aside for the answers it is about to begin; ``held_micro`` of a budget is their sum.
+# Money that a process has set aside for the answers it is about to begin, or a job (by its id in ``process_id``) for
+# its training; ``held_micro`` of a budget is their sum.
 holds = Table(
     "holds",
     metadata,
