@@ -32,8 +32,8 @@ class HugePages:
         """Bytes for tensors of so many bytes each."""
         return sum(-(-size // _LINE) * _LINE for size in sizes)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor``, a flat one of bytes, behind those that are kept already."""
-        kept = self._memory[self._used : self._used + len(tensor)].copy_(tensor)
-        self._used += self.needed([len(tensor)])
-        return kept
+    def room(self, size: int) -> Tensor:
+        """A tensor of ``size`` bytes behind those that were given out already."""
+        taken = self._memory[self._used : self._used + size]
+        self._used += self.needed([size])
+        return taken

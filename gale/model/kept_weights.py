@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -42,13 +43,15 @@ class KeptWeights:
     def keep(self, tensors: dict[str, Tensor]) -> threading.Thread:
         """Write these in place of what is kept, in a thread, since the disk may be slow and the model is ready.
 
-        Where that cannot be it is logged: it is only for the next start.
+        It takes what processor time others leave. Where it cannot be done it is logged: it is only for the next start.
         """
         writing = threading.Thread(target=self._write, args=(tensors,), name="gale-kept-weights")
         writing.start()
         return writing
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
+        if sys.platform == "linux":  # elsewhere it would be the whole process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         most = int(settings().kept_weights_gb * 1e9)
         if sum(tensor.nbytes for tensor in tensors.values()) > most:
             return

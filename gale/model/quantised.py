@@ -105,12 +105,14 @@ class _Packer:
     def _pack(self, name: str, bits: int, weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear:
         outputs, inputs = weight_OI.shape
         found = self._find(name, bits, outputs, inputs) if bits < 16 else None
-        packed, scales = found or round_weight(bits, weight_OI)
-        if self._memory is not None:
-            packed, read, scales = self._memory.keep(packed), packed, scales.clone()
-            forget(read)
+        if self._memory is None:
+            packed, scales = found or round_weight(bits, weight_OI)
+            self._model.mapped_bytes += packed.nbytes if found else 0
         elif found:
-            self._model.mapped_bytes += packed.nbytes
+            packed, scales = self._memory.room(len(found[0])).copy_(found[0]), found[1].clone()
+            forget(found[0])
+        else:
+            packed, scales = kernels.pack(bits, weight_OI, self._memory.room)
         if bits < 16:
             self._rounded |= {f"{name}.packed": packed, f"{name}.scales": scales}
             self._complete = self._complete and found is not None

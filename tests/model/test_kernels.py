@@ -44,6 +44,55 @@ def rounded_activations(x: Tensor) -> Tensor:
     return (x.double() / scale).nan_to_num().round() * scale
 
 
+def unpacked(bits: int, packed: Tensor, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Numbers [outputs, inputs] from the order that packed.h tells of, and of int4 the scales [outputs, groups]."""
+    panels, scales = -(-outputs // 64), torch.empty(0)
+    if bits == 4:
+        groups = packed.view(panels, -1, 1152)
+        scales = groups[..., 1024:].contiguous().view(torch.float16).transpose(1, 2).flatten(0, 1)[:outputs].float()
+        bytes_ = groups[..., :1024].reshape(panels, -1, 64, 4)
+        words = torch.stack([bytes_ & 15, bytes_ >> 4], dim=3).flatten(3).int() - 8
+    elif bits == 8:
+        words = packed.view(panels, -1, 64, 4).int() - 128
+    else:
+        words = packed.view(torch.bfloat16).view(panels, -1, 64, 2)
+    return words.transpose(1, 2).reshape(panels * 64, -1)[:outputs, :inputs], scales
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("size", [1.0, 1e-7, 1e4])  # the others make scales near the ends of fp16
+def test_weights_are_packed_to_the_bit_as_they_are_or_as_torch_rounds_them(
+    outputs: int, inputs: int, size: float
+) -> None:
+    torch.manual_seed(outputs)
+    weight = (torch.randn(outputs, inputs) * size).bfloat16()
+    weight[outputs // 2] = 0
+    for bits in (8, 4):  # both from bf16 and from fp32
+        assert all(map(torch.equal, kernels.pack(bits, weight), kernels.pack(bits, weight.float())))
+    if inputs % 2 == 0:
+        assert torch.equal(unpacked(16, kernels.pack(16, weight)[0], outputs, inputs)[0], weight)
+    packed, scales = kernels.pack(8, weight)
+    largest = weight.float().abs().amax(-1)
+    assert torch.equal(scales[:outputs], largest / 127)
+    inverses = (torch.tensor(127.0) / largest).nan_to_num(posinf=0)[:, None]
+    assert torch.equal(unpacked(8, packed, outputs, inputs)[0], (weight.float() * inverses).round().int())
+    numbers, chosen = unpacked(4, kernels.pack(4, weight)[0], outputs, inputs)
+    wide = F.pad(weight.float(), (0, -inputs % 32)).unflatten(1, (-1, 32))
+    furthest = wide.gather(-1, wide.abs().argmax(-1, keepdim=True))
+
+    def rounded(scale: Tensor) -> Tensor:
+        return (wide * (torch.tensor(1.0) / scale).nan_to_num(posinf=0, neginf=0)).round().clamp(-8, 7)
+
+    def error(scale: Tensor) -> Tensor:
+        return (rounded(scale) * scale - wide).double().square().sum(-1)
+
+    tried = [(furthest / (-9 + 0.25 * step)).half().float() for step in range(12)]
+    assert torch.stack([chosen[..., None] == scale for scale in tried]).any(0).all()
+    least = torch.stack([error(scale) for scale in tried]).amin(0)
+    assert (error(chosen[..., None]) <= least * (1 + 1e-5)).all()
+    assert torch.equal(numbers, rounded(chosen[..., None]).flatten(1)[:, :inputs].int())
+
+
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_equal_those_of_the_rounded_numbers(level: int, bits: int, outputs: int, inputs: int) -> None:

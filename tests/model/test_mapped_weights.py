@@ -67,6 +67,28 @@ def test_packed_weights_take_the_place_of_the_file_in_memory(folder: Path, weigh
     assert torch.equal(model.embed_tokens.weight, load_model(folder, dtype=torch.bfloat16).embed_tokens.weight)
 
 
+@pytest.mark.parametrize(("weights", "size"), [("bf16", 1.0), ("int8", 0.5), ("int4", 0.29)])
+def test_packing_holds_one_matrix_twice_and_not_the_model(weights: Weights, size: float, tmp_path: Path) -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the most that there was
+    except OSError:
+        pytest.skip("this system does not tell how much memory a process had at most")
+    if not kernels.has_bf16():
+        pytest.skip("no native kernels")
+    model = Decoder(ModelConfig("qwen3", 500, 512, 2048, 8, 4, 2, 64, context_length=64))
+    model.initialise(1)
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    del model
+    quantise(load_model(tmp_path, dtype=torch.bfloat16), weights)  # what the first time loads besides does not count
+    return_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("Rss")
+    quantise(load_model(tmp_path, dtype=torch.bfloat16), weights)
+    status = Path("/proc/self/status").read_text()
+    most = int(status.partition("VmHWM:")[2].split()[0]) * 1024 - before
+    assert most < (size + 0.2) * (tmp_path / "model.safetensors").stat().st_size
+
+
 def test_weights_in_another_format_are_held_once(folder: Path) -> None:
     weights = 2 * (folder / "model.safetensors").stat().st_size
     before = memory("Rss")

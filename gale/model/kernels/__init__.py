@@ -11,8 +11,8 @@ Shape suffixes as in :mod:`gale.model.transformer`; O outputs of a linear layer.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TypeAlias
 
 import structlog
@@ -29,9 +29,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "gale_level": (_I, [_I]),
     "gale_can_attend": (_I, []),
     "gale_has_bf16": (_I, []),
-    "gale_pack_bf16": (None, [_P, _I, _I, _P, _I]),
     "gale_packed_bytes": (ctypes.c_long, [_I, _I, _I]),
-    "gale_pack": (None, [_I, _P, _I, _I, _P, _P, _I]),
+    "gale_pack": (None, [_I, _P, ctypes.c_bool, _I, _I, _P, _P, _I]),
     "gale_linear": (None, [_P, _P, ctypes.c_bool, _I, _P, _I]),
     "gale_norm": (None, [_P, _P, _F, _I, _I, _P, _I]),
     "gale_norm_rotate": (None, [_P, _P, _F, _P, _P, _I, _I, _I, _P, _I]),
@@ -40,6 +39,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "gale_decode": (None, [_P, _P, _I, _P, _I, _P, _P, _P, _P, _I]),
     "gale_attend": (None, [_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _F, _I]),
 }
+_plain_room = partial(torch.empty, dtype=torch.uint8)
 _PANEL = 64  # outputs that are packed together, see linear.cpp
 
 
@@ -98,23 +98,21 @@ def has_bf16() -> bool:
     return native is not None and bool(native.gale_has_bf16())
 
 
-def pack(bits: int, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
+def pack(bits: int, weight_OC: Tensor, room: Callable[[int], Tensor] = _plain_room) -> tuple[Tensor, Tensor]:
     """Weights as they are (16 bits: bf16, an even number of inputs) or rounded, in the order in which they are read.
 
-    8 bits have a scale an output, which comes second, and 4 bits one for 32 inputs, packed with them.
+    8 bits have a scale an output, which comes second, and 4 bits one for 32 inputs, packed with them. They are written
+    to the ``room`` that there is for so many bytes; bf16 weights are nowhere copied in between.
     """
-    native = _required()
     outputs, inputs = weight_OC.shape
-    if bits == 16:
-        assert inputs % 2 == 0 and weight_OC.dtype is torch.bfloat16
-        packed = torch.empty(native.gale_packed_bytes(bits, outputs, inputs), dtype=torch.uint8)
-        weight_OC = weight_OC.contiguous()
-        native.gale_pack_bf16(weight_OC.data_ptr(), outputs, inputs, packed.data_ptr(), threads())
-        return packed, torch.empty(0)
-    wide_OC = weight_OC.float().contiguous()
+    wide = weight_OC.dtype is not torch.bfloat16
+    assert bits != 16 or (inputs % 2 == 0 and not wide)
+    weight_OC = (weight_OC.float() if wide else weight_OC).contiguous()
     packed_bytes, scales = packed_sizes(bits, outputs, inputs)
-    packed, scales_O = torch.empty(packed_bytes, dtype=torch.uint8), torch.empty(scales)
-    native.gale_pack(bits, wide_OC.data_ptr(), outputs, inputs, packed.data_ptr(), scales_O.data_ptr(), threads())
+    packed, scales_O = room(packed_bytes), torch.empty(scales)
+    _required().gale_pack(
+        bits, weight_OC.data_ptr(), wide, outputs, inputs, packed.data_ptr(), scales_O.data_ptr(), threads()
+    )
     return packed, scales_O
 
 

@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+
+#include "rows.h"
 
 namespace gale {
 
@@ -15,20 +18,23 @@ constexpr int kPanel = 64, kGroup = 32, kGroupBytes = kPanel * kGroup / 2 + kPan
 
 inline int padded(int size, int step) { return (size + step - 1) / step * step; }
 
-inline float half_to_float(uint16_t half) {  // of finite ones
-  uint32_t exponent = half >> 10 & 31, fraction = half & 0x3ff;
-  float size = exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(fraction | 0x400), int(exponent) - 25);
+GALE_INLINE float half_to_float(uint16_t half) {  // of finite ones
+  uint32_t normal = ((half & 0x7fffu) << 13) + (112u << 23);
+  float size;
+  std::memcpy(&size, &normal, 4);
+  size = half & 0x7c00 ? size : float(half & 0x3ff) * 0x1p-24f;
   return half & 0x8000 ? -size : size;
 }
 
-inline uint16_t float_to_half(float x) {  // to the nearest; what is too large becomes the largest
-  int exponent;
-  std::frexp(x, &exponent);  // |x| = f * 2^exponent with f in [0.5, 1)
-  float size = std::fabs(x);
-  uint32_t bits = 0x7bff;
-  if (exponent < -13) bits = uint32_t(std::nearbyint(std::ldexp(size, 24)));
-  else if (exponent <= 16) bits = uint32_t(exponent + 13) * 1024 + uint32_t(std::nearbyint(std::ldexp(size, 11 - exponent)));
-  return uint16_t(std::min<uint32_t>(bits, 0x7bff) | (x < 0 ? 0x8000 : 0));
+GALE_INLINE uint16_t float_to_half(float x) {  // to the nearest; what is too large becomes the largest
+  uint32_t bits, small_bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t size = bits & 0x7fffffff;
+  float small = std::fabs(x) + 0.5f;  // whose last bit is the last of the smallest halves
+  std::memcpy(&small_bits, &small, 4);
+  uint32_t half = ((size + 0xfff + (size >> 13 & 1)) >> 13) - (112 << 10);
+  half = size < 113u << 23 ? small_bits - (126u << 23) : half;
+  return uint16_t(std::min<uint32_t>(half, 0x7bff) | (bits >> 16 & 0x8000));
 }
 
 }  // namespace gale
