@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def serve(port: int) -> None:
             self, messages: list[Message], sampling: SamplingParams, tools: Tools | None = None
         ) -> AsyncGenerator[Event, None]:
             words = sampling.max_tokens or 2
-            for _ in range(words):
+            began = time.perf_counter()
+            for word in range(words):
                 if pause:
-                    await asyncio.sleep(pause)
+                    await asyncio.sleep(max(0.0, began + (word + 1) * pause - time.perf_counter()))
                 yield TextDelta("word ")
             yield Finished("stop", Usage(8, words))
 

@@ -84,11 +84,11 @@ def create_app(
     app = FastAPI(title="Gale", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors.install(app)
     app.include_router(health.routes(lifecycle))
-    models, supervisor = _tuning(engine, store, lifecycle, training_ray)
-    app.include_router(fine_tuning.routes(engine, store, models, supervisor))
     answering = _answering(engine, store, lifecycle, stream_limits)
     for router in answering:
         app.include_router(router)
+    models, supervisor = _tuning(engine, store, lifecycle, training_ray)
+    app.include_router(fine_tuning.routes(engine, store, models, supervisor))
     app.include_router(openai_models.routes(engine))
     app.include_router(openai_conversations.routes(store))
     app.include_router(openai_files.routes(store))
