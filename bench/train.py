@@ -120,8 +120,10 @@ def main() -> None:
         measures = {
             "speed": lambda: speed(small, peers, asked.rounds),
             "large": lambda: large_shape(large, asked.large_rounds),
-            "quality": lambda: quality(small, peers, asked.steps, asked.seeds),
+            "quality": lambda: quality(small, peers, asked.steps, asked.seeds, known),
         }
+        earlier = results.get("quality", {})
+        known = earlier["rows"] if (earlier.get("text"), earlier.get("steps")) == (text, asked.steps) else {}
         for part in asked.parts:
             results[part] = {"about": about(peers), "text": text, "steps": asked.steps, "rows": measures[part]()}
     print(markdown(results))
@@ -267,10 +269,13 @@ def rows_of(contenders: list[Contender], *, peers: int, tokens: int) -> list[dic
     return table
 
 
-def quality(rows: Path, peers: dict[str, Path | None], steps: int, seeds: int) -> dict[str, list[float]]:
+def quality(
+    rows: Path, peers: dict[str, Path | None], steps: int, seeds: int, known: dict[str, list[float]]
+) -> dict[str, list[float]]:
     """Bits per byte of held-out text after ``steps`` steps, each contender at its own settings, a figure a seed.
 
-    Each is printed when it is known, so that a run that is cut off leaves what it found.
+    Seeds that an earlier run of the same text and length scored are ``known``, and not run again. Each figure is
+    printed when there is one, so that a run that is cut off leaves what it found.
     """
     base = Job("Gale", "small", str(rows), SMALL_VOCABULARY, ROWS, steps, seed=0, score=True)
     contenders = [
@@ -280,9 +285,11 @@ def quality(rows: Path, peers: dict[str, Path | None], steps: int, seeds: int) -
     for name, shape in (("nanoGPT", "small"), ("minimind", "mini")):
         if peers[name]:
             contenders.append(Contender(name, replace(base, contender=name, shape=shape, peer=str(peers[name]))))
-    scores: dict[str, list[float]] = {contender.label: [] for contender in contenders}
+    scores: dict[str, list[float]] = {contender.label: known.get(contender.label, [])[:] for contender in contenders}
     for seed in range(1, seeds + 1):
         for contender in contenders:
+            if len(scores[contender.label]) >= seed:
+                continue
             again = Contender(contender.label, replace(contender.job, seed=seed))
             again.start()
             scores[contender.label].append(round(again.run(steps)["bits_per_byte"], 4))
