@@ -23,7 +23,8 @@ def joined_ray(address: str, *, show_workers: bool = False) -> Iterator[None]:
     there is no such cluster.
 
     A ``local`` one listens on every address of this machine, as Ray's programs do, and whoever may talk to it runs what
-    they like: it asks for a token (in ``~/.ray``) unless ``RAY_AUTH_MODE`` says otherwise, and has no dashboard.
+    they like: it asks for a token (in ``~/.ray``) unless ``RAY_AUTH_MODE`` says otherwise, and has no dashboard. Where
+    Ray was imported before, its version decides: those that do not ask by themselves would need the variable by then.
     """
     own: dict[str, Any] = {}
     if address == "local":

@@ -9,7 +9,7 @@ _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def printable(text: str) -> str:
-    """``text`` without control characters, so that no model can write escape sequences to a terminal.
+    """``text`` without control characters, so that nobody whose text is shown can write escape sequences.
 
     Nor half characters, which no output can write.
     """

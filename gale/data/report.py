@@ -39,11 +39,7 @@ def _sections(
     yield tiles(
         [
             ("Read", _size(total["read_bytes"]), f"{total['read']:,} documents"),
-            (
-                "Kept",
-                _size(total["kept_bytes"]),
-                f"{total['kept']:,} documents, {share}%",
-            ),
+            ("Kept", _size(total["kept_bytes"]), f"{total['kept']:,} documents" + (f", {share}%" if share else "")),
             ("To train on", f"{total['tokens']:,}", f"tokens in {total['documents']:,} documents"),
         ]
     )
@@ -95,7 +91,7 @@ def _counts(sources: Sequence[Mapping[str, Any]], names: Counter[str], count: An
     """How many of each name a source had, the commonest first."""
     ordered = names.most_common()
     rows = [[source["file"], *(f"{count(source, name):,}" for name, _ in ordered)] for source in sources]
-    total = ["all", *(f"{most:,}" for _, most in ordered)]
+    total = ["all", *(f"{number:,}" for _, number in ordered)]
     return table(["source", *(name for name, _ in ordered)], rows, total=total)
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import Any
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx2
@@ -46,7 +46,9 @@ class UpstreamHttp:
         if key is not None:
             self._headers["authorization"] = f"Bearer {key}"
         patience = httpx2.Timeout(settings().upstream_read_s, connect=settings().upstream_connect_s)
-        self._blocking = httpx2.Client(headers=self._headers, timeout=patience)
+        # Both clients go the same way; aiohttp by itself would look for proxies and passwords at every request.
+        self._proxy = _proxy_of(self.base)
+        self._blocking = httpx2.Client(headers=self._headers, timeout=patience, proxy=self._proxy, trust_env=False)
         self._unwanted: set[str] = set()  # optional fields that this upstream has refused before
 
     @cached_property
@@ -61,7 +63,7 @@ class UpstreamHttp:
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            trust_env=bool(getproxies()),  # else it would look for a password file at every request
+            proxy=self._proxy,
         )
 
     @asynccontextmanager
@@ -73,9 +75,10 @@ class UpstreamHttp:
         while True:
             sent = {name: value for name, value in body.items() if name not in self._unwanted & optional}
             try:
-                response = await self._http.post(f"{self.base}/{path}", json=sent, allow_redirects=False)
+                async with _silence(sending=True):
+                    response = await self._http.post(f"{self.base}/{path}", json=sent, allow_redirects=False)
             except aiohttp.ClientError as error:
-                if failures == RETRIES or isinstance(error, aiohttp.SocketTimeoutError):
+                if failures == RETRIES:
                     raise _failed(error) from error
             else:
                 try:
@@ -110,7 +113,10 @@ class UpstreamHttp:
     async def post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         """A small question from the event loop, answered by a JSON object."""
         try:
-            async with self._http.post(url, json=body, allow_redirects=False) as response:
+            async with (
+                _silence(sending=True),
+                self._http.post(url, json=body, allow_redirects=False) as response,
+            ):
                 return self._object(response.status, await content_of(response, MOST_ANSWER_BYTES))
         except aiohttp.ClientError as error:
             raise _failed(error) from error
@@ -164,7 +170,7 @@ async def events_of(response: aiohttp.ClientResponse, most: int) -> AsyncGenerat
     have is left aside. Lines end with LF or CR LF."""
     held, size = b"", 0
     lines: list[bytes] = []
-    async for part in response.content.iter_any():
+    async for part in _parts(response):
         *whole, held = (held + part).split(b"\n")
         for line in whole:
             line = line.removesuffix(b"\r")
@@ -181,13 +187,39 @@ async def events_of(response: aiohttp.ClientResponse, most: int) -> AsyncGenerat
 async def content_of(response: aiohttp.ClientResponse, most: int, *, cut: bool = False) -> bytes:
     """The body, of which at most so much is taken in: what is more is an error, or cut off."""
     content = bytearray()
-    async for part in response.content.iter_any():
+    async for part in _parts(response):
         content += part
         if len(content) > most:
             if cut:
                 break
             raise malformed("it is too long")
     return bytes(content[:most])
+
+
+async def _parts(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    """The body as it comes. Waits no longer than the settings say, also where aiohttp's own time-out is off: a chunk
+    whose head cannot be read closes the connection without telling whoever reads."""
+    while True:
+        async with _silence():
+            part = await response.content.readany()
+        if not part:
+            return
+        yield part
+
+
+@asynccontextmanager
+async def _silence(*, sending: bool = False) -> AsyncIterator[None]:
+    """Raises :class:`EngineFailedError` where an upstream says nothing for too long, or takes nothing that is sent."""
+    longest = settings().upstream_read_s
+    if sending:  # connects, sends and waits for the head
+        longest = settings().upstream_connect_s + 2 * longest
+    try:
+        async with asyncio.timeout(longest):
+            yield
+    except aiohttp.ConnectionTimeoutError:
+        raise
+    except TimeoutError as error:
+        raise _silent() from error
 
 
 def _parsed(content: bytes) -> Any:
@@ -199,9 +231,26 @@ def _parsed(content: bytes) -> Any:
 
 
 def _failed(error: aiohttp.ClientError | httpx2.TransportError) -> EngineFailedError:
-    if isinstance(error, aiohttp.SocketTimeoutError | httpx2.ReadTimeout | httpx2.WriteTimeout):
-        return EngineFailedError("The upstream has been silent for too long.", hint="See GALE_UPSTREAM_READ_S.")
+    if isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout):
+        return _silent()
     connecting = aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
     if isinstance(error, connecting | httpx2.ConnectError | httpx2.ConnectTimeout):
         return EngineFailedError("The upstream cannot be reached.", hint="Is it running, and is its address right?")
     return EngineFailedError("The upstream broke off.")
+
+
+def _silent() -> EngineFailedError:
+    return EngineFailedError("The upstream has been silent for too long.", hint="See GALE_UPSTREAM_READ_S.")
+
+
+def _proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for ``url``. Raises :class:`GaleError` for one that cannot be used."""
+    parsed, proxies = httpx2.URL(url), getproxies()
+    proxy = proxies.get(parsed.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(parsed.host):
+        return None
+    if not proxy.startswith("http://"):
+        raise GaleError(
+            "The proxy for the upstream must be like http://host:port.", hint="Or name the host in NO_PROXY."
+        )
+    return proxy

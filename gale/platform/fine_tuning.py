@@ -81,9 +81,10 @@ class FineTuning:
             self._record(connection, job, "created")
 
         job = await self._metering.with_all_that_is_free(
+            self._actor,
             lambda: self._jobs.create(
                 self._actor, KIND, asdict(asked), prefix="ftjob", state="validating_files", also=check
-            )
+            ),
         )
         await self._jobs.add_event(job, f"Created fine-tuning job: {job.id}")
         await self._jobs.add_event(job, f"Validating training file: {asked.training_file}")

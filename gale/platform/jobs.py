@@ -299,6 +299,13 @@ def unfinished(connection: Connection, project_id: str) -> list[Job]:
     return [Job(*tuple(row)) for row in connection.execute(query)]
 
 
+def cancel_paused(connection: Connection, project_id: str, also: Also) -> None:
+    """End a project's jobs that wait for somebody to let them go on, with ``also`` done to each."""
+    for job in unfinished(connection, project_id):
+        if job.state == "paused":
+            _moved(connection, job, ("paused",), "cancelled", {"finished_at": now_us() // 1_000_000}, also)
+
+
 def count_unfinished(connection: Connection, project_id: str, kind: str) -> int:
     """How many of them are of one kind."""
     here = (_TABLE.c.project_id == project_id, _TABLE.c.kind == kind, _TABLE.c.state.not_in(sorted(FINAL_STATES)))

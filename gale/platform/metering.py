@@ -32,15 +32,14 @@ from gale.platform.metered_engine import MeteredEngine, MeteredReader
 from gale.platform.prices import Price, price_of, read_prices
 from gale.platform.purses import LIFE_S, Purses
 from gale.platform.rates import Rates
-from gale.platform.usage import HOUR_US, requests_by_hour
+from gale.platform.scopes import scopes_of
+from gale.platform.usage import DAY_US, HOUR_US, requests_by_hour
 from gale.platform.usage_queue import UsageQueue
 from gale.platform.watch import Nobody, Watch
 
 FLUSH_S = 1.0
 # How soon a limit holds that another process, such as the command line, has set.
 REFRESH_S = 2.0
-
-_DAY_US = 24 * HOUR_US
 
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
 Result = TypeVar("Result")
@@ -151,7 +150,7 @@ class Metering:
                 read_prices(connection),
                 read_budgets(connection, now),
                 read_processes(connection),
-                {limit: requests_by_hour(connection, limit.scope, limit.model, now - _DAY_US) for limit in daily},
+                {limit: requests_by_hour(connection, limit.scope, limit.model, now - DAY_US) for limit in daily},
             )
 
         found = await self._database.read(work)
@@ -164,15 +163,17 @@ class Metering:
                 self.rates.count_earlier(limit, requests, max(0.0, (now - hour - HOUR_US) / 1e6))
         self._loaded = True
 
-    async def with_all_that_is_free(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """The result of ``work``, done again where a budget was too small while this process kept some of it to itself.
+    async def with_all_that_is_free(self, actor: Actor, work: Callable[[], Awaitable[Result]]) -> Result:
+        """The result of ``work`` for ``actor``, done again where a budget of theirs was too small while this process
+        kept some of it to itself.
 
         Raises what ``work`` does, :class:`BudgetSpentError` among it.
         """
         try:
             return await work()
         except BudgetSpentError:
-            await self.purses.give_back()
+            if not await self.purses.give_back(scopes_of(actor)):
+                raise
             return await work()
 
     async def run(self) -> None:

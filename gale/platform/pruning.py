@@ -10,8 +10,8 @@ from sqlalchemy import ColumnElement, Connection, Table, delete, select
 from gale.platform import tables
 from gale.platform.clock import now_us
 from gale.platform.database import Database
+from gale.platform.usage import DAY_US
 
-DAY_US = 86_400_000_000
 AT_ONCE = 500
 # How long the row of an upload is kept after its hour, in which alone it can be asked for.
 UPLOAD_ROWS_US = DAY_US

@@ -162,11 +162,16 @@ class Purses:
                 purse.idle = True
             await self._renew()
 
-    async def give_back(self) -> None:
-        """Leave to others whatever is free here. Raises :class:`StoreError`."""
+    async def give_back(self, scopes: Iterable[Scope]) -> bool:
+        """Leave to others what is free here of these budgets; whether anything was. Raises :class:`StoreError`."""
         async with self.lock:
-            self._empty()
+            full = [purse for key in self.keys_of(scopes) if (purse := self._purses.get(key)) and purse.free > 0]
+            if not full or self._closed:
+                return False
+            for purse in full:
+                purse.free = 0
             await self._renew()
+            return True
 
     async def close(self) -> None:
         """Give back what is free, and from now on nothing out. Raises :class:`StoreError`.

@@ -69,11 +69,14 @@ async def release_expired(
     if project_id is not None:
         query = query.where(_UPLOADS.c.project_id == project_id)
     expired = await database.read(lambda connection: list(connection.execute(query).scalars()))
+    released = 0
     for upload_id in expired:
-        await asyncio.to_thread(folder.remove_parts, upload_id)
-        gone = update(_UPLOADS).where(_UPLOADS.c.id == upload_id).values(status="expired")
-        await database.write(lambda connection, gone=gone: connection.execute(gone) and None)  # type: ignore[misc]
-    return len(expired)
+        # Asked again, as it may be being completed by now; parts that a kill leaves here are swept by their age.
+        gone = update(_UPLOADS).where(_UPLOADS.c.id == upload_id, over).values(status="expired")
+        if await database.write(lambda connection, gone=gone: connection.execute(gone).rowcount):  # type: ignore[misc]
+            await asyncio.to_thread(folder.remove_parts, upload_id)
+            released += 1
+    return released
 
 
 def _used(connection: Connection, project_id: str) -> int:

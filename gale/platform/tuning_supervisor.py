@@ -124,7 +124,7 @@ class TuningSupervisor:
         price = await self._database.read(lambda connection: read_price(connection, job.payload["base"]))
         try:
             await self._metering.with_all_that_is_free(
-                lambda: self._jobs.move(job, (job.state,), "queued", outcome | {PRICE: price}, set_aside)
+                job.actor, lambda: self._jobs.move(job, (job.state,), "queued", outcome | {PRICE: price}, set_aside)
             )
         except BudgetSpentError as problem:
             message = f"{problem.message} {problem.hint}"

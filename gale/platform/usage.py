@@ -14,6 +14,7 @@ from gale.platform import tables
 from gale.platform.scopes import Scope, scopes
 
 HOUR_US = 3_600_000_000
+DAY_US = 24 * HOUR_US
 # SQLite takes 32,766 values in a statement, older ones 999.
 _AT_ONCE = 500
 

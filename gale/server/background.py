@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,11 +50,18 @@ class Background:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._running: dict[str, _Running] = {}
+        self._beginning = 0
 
-    def require_room(self) -> None:
-        """Raises :class:`EngineOverloadedError` where no more can be begun."""
-        if len(self._running) >= MOST_RUNNING:
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """Within it one more can be begun. Raises :class:`EngineOverloadedError` where there are too many."""
+        if len(self._running) + self._beginning >= MOST_RUNNING:
             raise EngineOverloadedError("Too many responses are being answered in the background.")
+        self._beginning += 1
+        try:
+            yield
+        finally:
+            self._beginning -= 1
 
     def begin(self, response_id: str, answering: Answering, actor: Actor) -> None:
         """Answer it for ``actor``, as long as they may ask."""

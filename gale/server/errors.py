@@ -186,7 +186,7 @@ def too_long(error: ContextLengthError, param: str) -> ApiError:
 
 
 def _limited(error: LimitExceededError) -> ApiError:
-    """Clients wait as long as they are told to; what can never pass they are told not to send again."""
+    """Clients wait as long as they are told to; where waiting alone does not help they are told not to."""
     headers = {"x-should-retry": "false"}
     if error.wait_s is not None:
         headers = {"retry-after": str(math.ceil(error.wait_s)), "retry-after-ms": str(math.ceil(error.wait_s * 1000))}

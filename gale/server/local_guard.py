@@ -14,8 +14,8 @@ using their model and reading their conversations:
 Programs other than browsers send neither header and are served. Bodies must be declared as JSON (see ``json_body``),
 which an HTML form cannot do.
 
-A third is no page's doing: *a proxy on this machine*, whose connections come from here whoever asks. What says that it
-was forwarded is refused until there are keys; a proxy that says nothing of itself cannot be told from a program.
+Not only pages are dangerous: *a proxy on this machine* connects from here whoever asks. What says that it was forwarded
+is refused until there are keys; a proxy that says nothing of itself cannot be told from a program.
 
 Pages that are allowed by name (CORS) use the API and do not administer: without keys nothing else would keep them from
 making themselves some, or from reading the chat page's conversations.

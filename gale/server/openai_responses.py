@@ -61,9 +61,9 @@ def routes(engine: Engine, store: Store, lifecycle: Lifecycle, limits: StreamLim
                 _stream(answering), lifecycle, error_name="error", error_body=_error_event, limits=limits
             )
         if body.background and responses is not None:
-            background.require_room()
-            await responses.save(kept)
-            background.begin(kept.id, answering, actor_of(request))
+            with background.room():
+                await responses.save(kept)
+                background.begin(kept.id, answering, actor_of(request))
             return JSONResponse(kept.body)
         await while_wanted(request.receive, lifecycle, answering.to_end(reraise=True))
         return JSONResponse(kept.body)

@@ -130,7 +130,7 @@ def administration(checker: Checker, model: str) -> None:
 def _own_events(answer: Any) -> None:
     """What was done to fine-tuning jobs stands in the audit log, of which types the document does not know."""
     for event in answer["data"]:
-        if event["type"].startswith("fine_tuning_job."):
+        if event["type"].startswith(("fine_tuning_job.", "fine_tuned_model.")):
             event["type"] = "resource.deleted"
 
 

@@ -54,21 +54,21 @@ def test_an_answer_that_is_cut_off_again_while_it_ends_is_charged(database_url: 
             await b.price()
             await b.budget(1000)
             chat = b.engine.chat
-            ending = asyncio.Event()
+            ending, said = asyncio.Event(), asyncio.Event()
 
             async def lingering(*asked: Any) -> AsyncGenerator[Event, None]:
                 events = chat(*asked)
                 try:
                     async for event in events:
                         yield event
+                        said.set()  # it was taken
                 finally:
                     ending.set()
                     await asyncio.sleep(60)
 
             b.engine.chat = lingering  # type: ignore[method-assign]
             answering = asyncio.create_task(b.ask("endless", max_tokens=50))
-            await b.asked()
-            await asyncio.sleep(0.05)
+            await said.wait()
             answering.cancel()
             await ending.wait()
             answering.cancel()
@@ -96,9 +96,9 @@ def test_what_this_process_keeps_to_itself_is_there_for_what_needs_all(database_
 
                 await b.database.write(work)
 
-            await b.metering.with_all_that_is_free(take_all)
+            await b.metering.with_all_that_is_free(ACTOR, take_all)
             assert (await b.budgets())[TOTAL].room == 0
             with pytest.raises(BudgetSpentError):
-                await b.metering.with_all_that_is_free(take_all)
+                await b.metering.with_all_that_is_free(ACTOR, take_all)
 
     asyncio.run(main())

@@ -147,6 +147,20 @@ def test_a_job_that_is_cancelled_pays_for_the_steps_that_were_done(store: Store)
     assert state_of(store) == {(60, 0)} and len(events(store)) == 1
 
 
+def test_a_paused_job_of_a_project_that_is_archived_pays_and_holds_nothing_for_good(store: Store) -> None:
+    projects = store.projects(LOCAL_OWNER)
+    owner = replace(LOCAL_OWNER, project_id=run(projects.create("Tides")).id)
+    limit(store, {MONTH: 10_000})
+    job = queued(store, 1000, owner)
+    run(store.jobs.record(job, {SO_FAR: 30}))
+    run(store.fine_tuning(owner).pause(job.id))
+    assert state_of(store) == {(0, 2000)}
+    run(projects.archive(owner.project))
+    assert state_of(store) == {(60, 0)} and len(events(store)) == 1
+    ended = run(store.jobs.get(owner, KIND, job.id))
+    assert ended.state == "cancelled" and ended.result["finished_at"] > 0
+
+
 def test_what_a_job_holds_outlives_the_server_that_began_it(store: Store) -> None:
     limit(store, ALL)
     job = queued(store, 1000)

@@ -95,6 +95,24 @@ def test_a_connection_cut_within_a_chunk_is_a_clean_failure() -> None:
         ask(server.url)
 
 
+def test_a_chunk_that_cannot_be_read_is_a_clean_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings(), "upstream_read_s", 0.5)
+
+    def broken(exchange: Exchange, _: Any) -> None:
+        exchange.protocol_version = "HTTP/1.1"
+        first = event("half ")
+        exchange.stream(f"{len(first):x}\r\n".encode() + first + b"\r\n", headers={"transfer-encoding": "chunked"})
+        time.sleep(0.1)
+        exchange.wfile.write(b"zz\r\n")
+        time.sleep(3)
+
+    with (
+        raw_server(v1__chat__completions=broken) as server,
+        pytest.raises(EngineFailedError, match=r"silent|broke off"),
+    ):
+        ask(server.url)
+
+
 def test_stop_strings_hold_even_where_the_upstream_ignores_them() -> None:
     def endless(exchange: Exchange, _: Any) -> None:
         exchange.stream(event("one ST"), event("OP two"))

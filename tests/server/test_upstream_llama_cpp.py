@@ -182,7 +182,7 @@ def test_openai_s_client_reaches_it_through_gale_serve(tmp_path_factory: pytest.
         gale_serve(url, tmp_path_factory.mktemp("home")) as client,
     ):
         answers = ask_all(client)
-    assert [model.id for model in answers["models"].data] == ["gale-0"]
+    assert [model.id for model in answers["models"].data] == ["gale-0", "gale-moderation"]
     (choice,) = answers["chat"].choices
     assert (choice.message.content, choice.finish_reason) == ("I don't", "stop")
     assert [each.token for each in choice.logprobs.content] == ["I", " don", "'t"]
