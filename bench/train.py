@@ -117,15 +117,21 @@ def main() -> None:
         small, large = Path(folder) / "small", Path(folder) / "large"
         text = write_text_rows(small, asked.text)
         write_random_rows(large)
+        earlier = results.get("quality", {})
+        alike = (earlier.get("text"), earlier.get("steps")) == (text, asked.steps)
+        known: dict[str, list[float]] = earlier["rows"] if alike else {}
+        scored = len(next(iter(known.values()), []))
+        # Each seed keeps the commit that it was scored at.
+        commits = (earlier.get("commits") or [earlier["about"]["commit"]] * scored) if alike else []
         measures = {
             "speed": lambda: speed(small, peers, asked.rounds),
             "large": lambda: large_shape(large, asked.large_rounds),
             "quality": lambda: quality(small, peers, asked.steps, asked.seeds, known),
         }
-        earlier = results.get("quality", {})
-        known = earlier["rows"] if (earlier.get("text"), earlier.get("steps")) == (text, asked.steps) else {}
         for part in asked.parts:
             results[part] = {"about": about(peers), "text": text, "steps": asked.steps, "rows": measures[part]()}
+            if part == "quality":
+                results[part]["commits"] = [*commits, *[commit(HERE)] * (asked.seeds - scored)]
     print(markdown(results))
     kept.write_text(json.dumps(results, indent=2) + "\n")
     (asked.out / "train.md").write_text(markdown(results))
@@ -309,7 +315,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", f"{facts['machine']}; {facts['date']}, commit {facts['commit']}; {peers}."]
         if part == "quality":
             tokens = results[part]["steps"] * ROWS * SMALL_TOKENS
-            seeds = " | ".join(f"seed {seed}" for seed in range(1, len(next(iter(rows.values()))) + 1))
+            seeds = " | ".join(f"seed {n} ({at})" for n, at in enumerate(results[part]["commits"], start=1))
             lines += ["", f"| bits per byte after {tokens:,} tokens | {seeds} | mean |"]
             lines += ["|---" * (seeds.count("|") + 3) + "|"]
             for label, values in rows.items():

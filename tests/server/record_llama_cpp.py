@@ -136,7 +136,8 @@ def main() -> None:
     cases[RESTARTED] = server.seen
     said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
     version = re.search(r"version: (.*)", said.stdout + said.stderr)
-    about = {"software": "llama.cpp llama-server", "version": version[1] if version else "", "arguments": ARGUMENTS}
+    about = {"software": "llama.cpp llama-server", "source": "github.com/ggml-org/llama.cpp (MIT)"}
+    about |= {"version": version[1] if version else "", "arguments": ARGUMENTS}
     store("llama_cpp", about | {"model": "gale-0, bf16, by gale model export"}, cases)
 
 
