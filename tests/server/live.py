@@ -93,7 +93,7 @@ def begin(live: Live, path: str, body: object, *, receive_buffer: int | None = N
 
 def eventually(condition: Callable[[], bool]) -> None:
     """Wait for what another thread is about to do; fails after a time that is far beyond any sane one."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it never came about"
         time.sleep(0.01)
