@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import schemathesis
 
-# Loaded here and not when it is first needed: pytest parses it, and while another thread parses something (the server's)
+# Loaded here and not when it is first needed: pytest parses it, and while another thread parses too (the server's),
 # Python 3.11 can fail with "AST constructor recursion depth mismatch".
 import schemathesis.specs.openapi.schemas
 from hypothesis import HealthCheck, Phase, given, settings
