@@ -16,7 +16,7 @@ from gale.data.recipe import DataRecipe
 from gale.model.transformer import Decoder
 from gale.platform.database import Database
 from gale.text.tokenizer import Tokenizer
-from tests.databases import REASON, PostgresqlServer, programs
+from tests.databases import REASON, PostgresqlServer, address, programs
 from tests.tiny_data import SENTENCES, write_jsonl
 from tests.tiny_model import make_model, make_tokenizer
 
@@ -116,9 +116,5 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The address of a database without tables (an SQLite file is not even there)."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'gale.db'}"
-        return
-    server: PostgresqlServer = request.getfixturevalue("postgresql")
-    with server.database() as url:
+    with address(request, tmp_path) as url:
         yield url

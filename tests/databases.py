@@ -11,12 +11,15 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,16 @@ def address(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
     server: PostgresqlServer = request.getfixturevalue("postgresql")
     with server.database() as url:
         yield url
+
+
+def kill_once(process: BaseProcess, reached: Path) -> None:
+    """Kill a process as soon as it has made the file ``reached``."""
+    while not reached.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def _user() -> pwd.struct_passwd | None:

@@ -18,6 +18,15 @@ SENTENCES = (
     "“别开窗，”李说，“风会把信吹走的！”",
 )
 
+# A fine-tuning job's: the answer that a row names.
+GRADER = {
+    "type": "string_check",
+    "name": "right",
+    "input": "{{sample.output_text}}",
+    "operation": "ilike",
+    "reference": "{{item.answer}}",
+}
+
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     """Write ``rows`` as JSON lines."""

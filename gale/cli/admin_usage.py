@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -179,10 +178,11 @@ def usage(
         raise GaleError(f"{wrong[0]!r} cannot be kept apart.", hint=f"Choose from day, {', '.join(known)}.")
 
     async def work(store: Store) -> list[dict[str, Any]]:
+        from gale.platform.clock import now_us
         from gale.platform.usage_report import WIDTHS, Question
 
         day = WIDTHS["1d"]
-        until = time.time_ns() // 1000 // day * day + day
+        until = now_us() // day * day + day
         axes = tuple(dict.fromkeys(known[name] for name in names if name != "day"))
         report = store.usage_report(await owner_of(store, organisation))
         sums: dict[tuple[Any, ...], list[int]] = {}

@@ -108,13 +108,9 @@ class FineTuning:
     async def cancel(self, job_id: str) -> Job:
         """Charge what was trained until now. Raises :class:`NotFoundError`, :class:`ConflictError` for a job that has
         ended, :class:`NotAllowedError`."""
-
-        def charge(connection: Connection, job: Job) -> None:
-            settle(connection, job, job.result.get(SO_FAR, 0))
-
         states: tuple[State, ...] = ("validating_files", "queued", "running", "paused")
         ended = {"finished_at": int(time.time())}
-        job = await self._change(job_id, states, "cancelled", "cancelled", ended, charge)
+        job = await self._change(job_id, states, "cancelled", "cancelled", ended, settle)
         self._metering.watch.used(USAGE_KIND, Usage(job.result.get(SO_FAR, 0), 0))
         return job
 

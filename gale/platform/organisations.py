@@ -20,7 +20,7 @@ from gale.platform.ids import new_id
 from gale.platform.jobs import cancel_paused
 from gale.platform.listing import Listing, page_of
 from gale.platform.text import one_line, storable
-from gale.platform.tuning_bill import SO_FAR, settle
+from gale.platform.tuning_bill import settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Projects:
                 self._update(connection, project.id, {"archived_at": now_us()})
                 record(connection, self._actor, "project.archived", project.id, project_id=project.id)
                 # Nobody is left who could: what they hold of the organisation's budgets would be held for good.
-                cancel_paused(connection, project.id, lambda c, job: settle(c, job, job.result.get(SO_FAR, 0)))
+                cancel_paused(connection, project.id, settle)
             return require_project(connection, self._actor, project.id)
 
         return await self._database.write(work)

@@ -21,6 +21,7 @@ from gale.platform.database import Database
 from gale.platform.errors import ConflictError, NotFoundError
 from gale.platform.ids import new_id
 from gale.platform.text import storable
+from gale.platform.usage import DAY_US
 
 Item = dict[str, Any]
 
@@ -82,7 +83,7 @@ class Responses:
                         conversation_id=conversation_id,
                         input=kept.input,
                         created_at=now,
-                        expires_at=now + KEPT_DAYS * 86_400_000_000,
+                        expires_at=now + KEPT_DAYS * DAY_US,
                         **values,
                     )
                 )

@@ -39,8 +39,9 @@ def set_aside(connection: Connection, job: Job) -> None:
     hold(connection, job.id, scopes_of(job.actor), _cost(job, job.result[MOST]), now_us())
 
 
-def settle(connection: Connection, job: Job, tokens: int) -> None:
-    """``job`` has ended: charge what it trained and free the rest."""
+def settle(connection: Connection, job: Job, tokens: int | None = None) -> None:
+    """``job`` has ended: charge the ``tokens`` that it trained, or those it has told of, and free the rest."""
+    tokens = job.result.get(SO_FAR, 0) if tokens is None else tokens
     release(connection, job.id)
     if not tokens:
         return

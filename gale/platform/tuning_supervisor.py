@@ -22,6 +22,7 @@ from gale.core import files
 from gale.core.errors import ModelError, StoreError
 from gale.engine.request import Usage
 from gale.platform.budgets import BudgetSpentError
+from gale.platform.clock import now_us
 from gale.platform.database import Database
 from gale.platform.errors import ConflictError, LeaseLostError
 from gale.platform.fine_tuned_models import FineTuned, FineTunedModels
@@ -149,10 +150,7 @@ class TuningSupervisor:
         models = (
             []
             if job.payload["base"] != self._models.base
-            else [
-                FineTuned(each["name"], job.id, job.project_id, folder / each["folder"], time.time_ns() // 1000)
-                for each in named
-            ]
+            else [FineTuned(each["name"], job.id, job.project_id, folder / each["folder"], now_us()) for each in named]
         )
         try:
             await self._models.serve(models)

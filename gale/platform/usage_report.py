@@ -11,12 +11,12 @@ from sqlalchemy import Connection, func, select
 from gale.platform import tables
 from gale.platform.access import Actor, authorize
 from gale.platform.database import Database
-from gale.platform.usage import SUMS
+from gale.platform.usage import DAY_US, HOUR_US, SUMS
 
 Width = Literal["1m", "1h", "1d"]
 Axis = Literal["project_id", "user_id", "api_key_id", "model", "kind", "batch"]
 
-WIDTHS: dict[Width, int] = {"1m": 60_000_000, "1h": 3_600_000_000, "1d": 86_400_000_000}
+WIDTHS: dict[Width, int] = {"1m": 60_000_000, "1h": HOUR_US, "1d": DAY_US}
 
 
 @dataclass(frozen=True, slots=True)

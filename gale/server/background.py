@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +13,7 @@ import structlog
 from gale.core.errors import StoreError
 from gale.engine.request import EngineOverloadedError
 from gale.platform.access import Actor
+from gale.platform.clock import now_us
 from gale.platform.identities import may_go_on
 from gale.platform.responses import tidy
 from gale.platform.store import Store
@@ -83,14 +83,14 @@ class Background:
             await cancel(*tasks, *(running.task for running in self._running.values()))
 
     async def _keep_tidy(self) -> None:
-        began = time.time_ns() // 1000
+        began = now_us()
         while True:
             try:
                 await tidy(self._store.database, unfinished_before=began - int(TIDY_EVERY_S * 1e6))
             except StoreError as error:
                 log.warning("responses_not_tidied", reason=error.message)
             await asyncio.sleep(TIDY_EVERY_S)
-            began = time.time_ns() // 1000
+            began = now_us()
 
     async def _check_rights(self) -> None:
         while True:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
-import os
 import shutil
-import signal
 import sqlite3
 import threading
 import time
@@ -23,7 +21,7 @@ from gale.core.errors import StoreError
 from gale.platform import copying
 from gale.platform.database import Database
 from gale.platform.tables import metadata
-from tests.databases import PostgresqlServer, execute
+from tests.databases import PostgresqlServer, execute, kill_once
 
 processes = multiprocessing.get_context("fork")
 
@@ -183,12 +181,7 @@ def test_a_copy_that_is_killed_leaves_an_empty_target_and_the_source_as_it_was(
     before, reached = rows_of(source), tmp_path / "reached"
     process = processes.Process(target=_copy_until, args=(source, empty_database_url, "messages", reached))
     process.start()
-    while not reached.exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    kill_once(process, reached)
     assert rows_of(empty_database_url)["messages"] == []
     assert rows_of(source) == before
     copy(source, empty_database_url)

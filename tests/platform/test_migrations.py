@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from multiprocessing.queues import Queue
@@ -22,7 +20,7 @@ from gale.core.errors import StoreError
 from gale.platform import migrate
 from gale.platform.database import Database
 from gale.platform.tables import metadata
-from tests.databases import execute
+from tests.databases import execute, kill_once
 
 processes = multiprocessing.get_context("fork")
 NEWEST = ScriptDirectory(str(migrate.MIGRATIONS)).get_current_head()
@@ -128,12 +126,7 @@ def test_a_process_killed_in_a_step_leaves_the_old_shape(
     next_version(f"import pathlib, time; pathlib.Path({str(reached)!r}).touch(); time.sleep(60)")
     process = processes.Process(target=_open_and_report, args=(database_url, processes.Queue()))
     process.start()
-    while not reached.exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    kill_once(process, reached)
     assert tables(database_url) == before
     assert execute(database_url, "SELECT title FROM conversations") == [("old",)]
     next_version()

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from gale.core.errors import StoreError
 from gale.engine.request import Event, SamplingParams
 from gale.platform import purses
-from gale.platform.budgets import BudgetSpentError, hold
+from gale.platform.budgets import BudgetKey, BudgetSpentError, hold
 from gale.text.template import Message
 from tests.platform.metered import ACTOR, PROJECT, TOTAL, bench
 
@@ -77,6 +77,28 @@ def test_an_answer_that_is_cut_off_again_while_it_ends_is_charged(database_url: 
             (event,) = await b.rows("usage_events")
             assert event["input_tokens"] == 2 and event["output_tokens"] > 0
             assert b.metering.purses._purses[TOTAL].out == 0
+
+    asyncio.run(main())
+
+
+def test_who_has_nothing_left_takes_nothing_from_the_purses_of_others(database_url: str) -> None:
+    async def main() -> None:
+        async with bench(database_url) as b:
+            await b.price()
+            others = BudgetKey(("project", "proj_other"), "total")
+            await b.budget(1000, others)
+            await b.budget(0)
+            await b.metering.purses.reserve([others], 10)
+            purse = b.metering.purses._purses[others]
+            free = purse.free
+            assert free > 0
+
+            async def refused() -> None:
+                raise BudgetSpentError("There is nothing left.")
+
+            with pytest.raises(BudgetSpentError):
+                await b.metering.with_all_that_is_free(ACTOR, refused)
+            assert purse.free == free
 
     asyncio.run(main())
 

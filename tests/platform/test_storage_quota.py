@@ -185,6 +185,28 @@ def test_expired_uploads_are_swept_away_but_for_one_that_is_being_completed(
     asyncio.run(work())
 
 
+def test_one_whose_completion_begins_while_others_are_released_keeps_its_parts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        upload = await begin(store, 100)
+        await send(store, upload, 100)
+        later = storage_quota.now_us() + (uploads.LASTS_S + 1) * 1_000_000
+        monkeypatch.setattr(storage_quota, "now_us", lambda: later)
+        read = store.database.read
+
+        async def read_then_complete(asked: Any) -> Any:
+            found = await read(asked)
+            await store.database.write(lambda connection: uploads._move(connection, upload.id, "completing"))
+            return found
+
+        monkeypatch.setattr(store.database, "read", read_then_complete)
+        assert await storage_quota.release_expired(store.database, store.file_folder) == 0
+        assert on_disk(store) == 100
+
+    asyncio.run(work())
+
+
 def test_another_s_uploads_take_nothing_of_mine(store: Store) -> None:
     async def work() -> None:
         project = await store.projects(LOCAL_OWNER).create("other")

@@ -7,6 +7,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gale.platform.database import Database
 from gale.platform.file_folder import FileFolder
 from gale.platform.secret import Secret
 from gale.platform.store import Store
-from gale.server import caller
+from gale.server import background, caller
 from gale.server.origins import Origins
 from tests.server.live import Live, start
 from tests.server.tenants import every_route
@@ -254,6 +255,23 @@ def test_an_answer_in_the_background_ends_with_the_right_to_it(
     assert read(begun[1])["status"] == "in_progress", "whoever may still use it goes on"
     assert keyed.http.post(f"/v1/responses/{begun[1]}/cancel", headers=bearer(key)).json()["error"] is None
     assert keyed.engine.active == active
+
+
+def test_no_more_are_answered_in_the_background_than_there_is_room_for(
+    keyed: Live, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "MOST_RUNNING", 2)
+    body = {"model": "scripted/one", "input": "endless", "background": True}
+    active = keyed.engine.active
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(
+            threads.map(lambda _: keyed.http.post("/v1/responses", json=body, headers=bearer(key)), range(8))
+        )
+    assert sorted(answer.status_code for answer in answers) == [200] * 2 + [503] * 6
+    for answer in answers:
+        if answer.status_code == 200:
+            keyed.http.post(f"/v1/responses/{answer.json()['id']}/cancel", headers=bearer(key)).raise_for_status()
+    until(lambda: keyed.engine.active == active)
 
 
 def revoke(store: Store, key_id: str) -> None:

@@ -35,6 +35,7 @@ from gale.platform.prices import Price, set_price
 from gale.platform.store import Store
 from gale.text.tokenizer import Tokenizer
 from tests.server.live import Live, start
+from tests.tiny_data import GRADER
 from tests.tiny_model import save_folder
 from tests.train.runs import metrics
 
@@ -45,13 +46,6 @@ ROWS = [
 ]
 FEW = {"n_epochs": 2, "batch_size": 4}
 LONG = {"n_epochs": 50, "batch_size": 1}
-GRADER = {
-    "type": "string_check",
-    "name": "right",
-    "input": "{{sample.output_text}}",
-    "operation": "ilike",
-    "reference": "{{item.answer}}",
-}
 
 
 def reinforcement(knobs: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gale.core.errors import GaleError
 from gale.core.settings import settings
 from gale.engine import upstream_http
 from gale.engine.request import (
@@ -111,6 +113,39 @@ def test_a_chunk_that_cannot_be_read_is_a_clean_failure(monkeypatch: pytest.Monk
         pytest.raises(EngineFailedError, match=r"silent|broke off"),
     ):
         ask(server.url)
+
+
+def test_an_upstream_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("upstream_connect_s", "upstream_read_s"):
+        monkeypatch.setattr(settings(), name, 0.2)
+
+    async def send(port: int) -> None:
+        http = upstream_http.UpstreamHttp(f"http://127.0.0.1:{port}", None)
+        try:
+            async with http.open("chat/completions", {"text": "x" * 2**25}, set()):
+                pass
+        finally:
+            await http.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(EngineFailedError, match="silent"):
+        asyncio.run(asyncio.wait_for(send(listening.getsockname()[1]), 30))
+
+
+def test_small_questions_and_answers_go_through_the_same_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "http://upstream.invalid/v1"
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with raw_server() as proxy:
+        proxy.replies[f"{address}/models"] = proxy.replies["/v1/models"]
+        proxy.replies[f"{address}/chat/completions"] = whole(event("through"), event(None, "stop"), DONE)
+        monkeypatch.setenv("all_proxy", proxy.url)
+        assert ask(address)[0] == "through"
+    monkeypatch.setenv("no_proxy", "upstream.invalid")
+    assert upstream_http._proxy_of(address) is None
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")
+    with pytest.raises(GaleError, match="http://host:port"):
+        ask(address)
 
 
 def test_stop_strings_hold_even_where_the_upstream_ignores_them() -> None:

@@ -13,17 +13,10 @@ from gale.engine.local import LocalEngine
 from gale.text.tokenizer import Tokenizer
 from gale.train import job
 from gale.train.job_recipe import Hyperparameters, TuningJob, recipe_of, settled
-from tests.tiny_data import write_jsonl
+from tests.tiny_data import GRADER, write_jsonl
 from tests.tiny_model import save_folder
 from tests.train.runs import metrics
 
-GRADER = {
-    "type": "string_check",
-    "name": "right",
-    "input": "{{sample.output_text}}",
-    "operation": "ilike",
-    "reference": "{{item.answer}}",
-}
 ROW = {
     "messages": [{"role": "user", "content": "Where does it go?"}, {"role": "assistant", "content": "To the sea."}],
 }
